@@ -1,0 +1,197 @@
+"""Idefics2: vision tower, connector and language model over one packed batch.
+
+Source: transformers `models/idefics2/modeling_idefics2.py`, Idefics2ForConditionalGeneration. T tokens, I images, L latents, C width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from idefics2_fast import ops
+from idefics2_fast.batch import Batch, find_image_rows
+from idefics2_fast.config import Idefics2Config
+from idefics2_fast.connector import Connector
+from idefics2_fast.language import TextModel
+from idefics2_fast.layers import Linear
+from idefics2_fast.vision import VisionTower
+
+
+class Idefics2(nn.Module):
+    """The model.
+
+        model = Idefics2.from_pretrained("HuggingFaceM4/idefics2-8b", dtype=torch.bfloat16, device="cuda")
+        logits = model(batch)
+
+    `Idefics2(config)` has fresh random weights; `from_pretrained` reads a checkpoint's.
+    """
+
+    def __init__(self, config: Idefics2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTower(config.vision)
+        self.connector = Connector(config)
+        self.text_model = TextModel(config.text)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh weights: std 1 / sqrt(fan in), half of it where a branch joins the residual; distinct latents, or they stay alike."""
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(1.0) if name.endswith("weight") else weight.zero_()
+            elif name.endswith("latents"):
+                weight.normal_()
+            elif name.endswith("embedding.weight") or name.endswith("embed_tokens.weight"):
+                weight.normal_(std=0.5 if "position" in name else 1.0)
+            else:
+                joins = name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight"))
+                weight.normal_(std=weight.shape[1] ** -0.5 * (0.5 if joins else 1.0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [T, vocab] of every token of the batch."""
+        return self.logits(self.hidden(batch))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy, in fp32, over the batch's trained tokens (`labels` that are not -100). Logits of other rows are not made.
+
+        Raises:
+            ValueError: the batch has no labels, or none that is trained.
+        """
+        if batch.labels is None or batch.answer_rows.shape[0] == 0:
+            raise ValueError("the batch trains no token: expected labels with entries other than -100")
+        hidden = self.hidden(batch).index_select(0, batch.answer_rows)
+        targets = batch.labels.index_select(0, batch.answer_rows + 1)
+        return F.cross_entropy(self.logits(hidden).float(), targets)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] of hidden states [rows, C] before the last norm."""
+        return self.lm_head(self.text_model.norm(hidden))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [T, C] before the last norm; each document attends to itself alone."""
+        text = self.config.text
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scale = text.head_dim**-0.5
+            return ops.segment_attention(q, k, v, batch.documents, causal=True, window=text.sliding_window, scale=scale)
+
+        return self.text_model(self.embed(batch), batch.positions, attend)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Token embeddings [T, C] with the image features in the placeholders' rows.
+
+        Raises:
+            ValueError: placeholders and images do not match; token ids outside the vocabulary.
+        """
+        tokens = self.text_model.embed_tokens(batch.token_ids)
+        rows = self._image_rows(batch)
+        if batch.patches is None:
+            return tokens
+        features = self.encode_images(batch)
+        return tokens.index_copy(0, rows, features.to(tokens.dtype))
+
+    def encode_images(self, batch: Batch) -> Tensor:
+        """Image tokens [I * L, C] of the batch's images, in their order."""
+        features = self.vision_model(batch.patches, batch.patch_positions, batch.images)
+        return self.connector(features, batch.images)
+
+    def _image_rows(self, batch: Batch) -> Tensor:
+        images, latents = len(batch.images or ()), self.config.perceiver.n_latents
+        if batch.image_rows is None:
+            return find_image_rows(batch.token_ids, self.config.image_token_id, latents, images)
+        if batch.image_rows.shape != (images * latents,):
+            raise ValueError(f"image_rows has shape {list(batch.image_rows.shape)}, expected [{images * latents}]: {images} images x {latents}")
+        return batch.image_rows
+
+    def hf_tensors(self) -> dict[str, Tensor]:
+        """Every weight under its name in Hugging Face's state dict, as a view: what is written to one is written to the model."""
+        named = dict(self.named_parameters())
+        return {hf: view for name, tensor in named.items() for hf, view in self._hf_views(name, tensor.detach())}
+
+    def hf_gradients(self) -> dict[str, Tensor]:
+        """Gradients under Hugging Face's names, for parameters that have one."""
+        named = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
+        return {hf: view for name, tensor in named.items() for hf, view in self._hf_views(name, tensor)}
+
+    def _hf_views(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        name = name.replace("vision_model.layers", "vision_model.encoder.layers").replace("embeddings.projection", "embeddings.patch_embedding")
+        if name.endswith("patch_embedding.weight"):
+            side = self.config.vision.patch_size
+            return [(name, tensor.view(-1, 3, side, side))]
+        for fused, parts in FUSED.items():
+            if fused in name:
+                rows = tensor.split(self._fused_rows(name, fused, tensor.shape[0]))
+                return [(name.replace(fused, part), view) for part, view in zip(parts, rows, strict=True)]
+        return [(name, tensor)]
+
+    def _fused_rows(self, name: str, fused: str, rows: int) -> list[int]:
+        if fused == "qkv_proj" and "text_model" in name:
+            text = self.config.text
+            return [heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)]
+        return [rows // len(FUSED[fused])] * len(FUSED[fused])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        perceiver_rms_norm_eps: float | None = None,
+    ) -> Idefics2:
+        """Reads a Hugging Face checkpoint (safetensors, one file or shards) straight into the model's memory.
+
+        Args:
+            dtype: of the model; None for the file's own.
+            perceiver_rms_norm_eps: see `Idefics2Config.from_hf`.
+
+        Raises:
+            ValueError: no such checkpoint, or one whose tensors are not this model's; the line names file and key.
+        """
+        from dataclasses import replace
+
+        from idefics2_fast import weights
+
+        folder = weights.resolve_checkpoint(path_or_hub_id)
+        config = Idefics2Config.from_hf(folder, perceiver_rms_norm_eps=perceiver_rms_norm_eps)
+        config = replace(config, eos_token_ids=weights.read_eos_ids(folder, config.eos_token_ids))
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype or weights.stored_dtype(folder)).to_empty(device=device)
+        weights.load_weights(model.hf_tensors(), folder)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes config.json and safetensors that transformers loads as the same model, bit by bit."""
+        from idefics2_fast import weights
+
+        weights.save_checkpoint(self.hf_tensors(), self.config.to_hf(), Path(path))
+
+    def generate(self, batch: Batch, **settings: Any) -> Any:
+        """Continues every document of the batch; see `idefics2_fast.generate.generate` for settings and result."""
+        from idefics2_fast.generate import generate
+
+        return generate(self, batch, **settings)
+
+
+# fused projections and the Hugging Face names of their row blocks, in order
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "kv_proj": ("k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}

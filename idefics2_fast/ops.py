@@ -1,0 +1,213 @@
+"""The seam between the model and the kernels: one function an op, which only chooses an implementation.
+
+The rule is `choose`. Every op takes the first implementation of its row in `IMPLEMENTATIONS` that can run here; `using` overrides it:
+
+    with ops.using(segment_attention="sdpa"):
+        model(batch)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idefics2_fast.kernels import decode_attention as _decode_attention
+from idefics2_fast.kernels import linear as _linear
+from idefics2_fast.kernels import perceiver_attention as _perceiver_attention
+from idefics2_fast.kernels import rms_norm as _rms_norm
+from idefics2_fast.kernels import segment_attention as _segment_attention
+from idefics2_fast.kernels.decode_attention import Slots
+from idefics2_fast.kernels.segments import Segments
+
+_HALF = (torch.bfloat16, torch.float16)
+_overrides: ContextVar[Mapping[str, str]] = ContextVar("overrides", default=MappingProxyType({}))
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _flash_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None, scale: float) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=segments.offsets,
+        cu_seqlens_k=segments.offsets,
+        max_seqlen_q=segments.longest,
+        max_seqlen_k=segments.longest,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+    )
+
+
+def _xformers_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None, scale: float) -> Tensor:
+    from xformers.ops import fmha
+
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = q[None], *(x[None].repeat_interleave(groups, 2) for x in (k, v))
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(segments.lengths, device=q.device)
+    mask = mask.make_causal() if causal else mask
+    mask = mask.make_local_attention(window) if window is not None else mask
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale)[0]
+
+
+def _flash_decode(q: Tensor, k: Tensor, v: Tensor, slots: Slots, *, window: int | None, scale: float) -> Tensor:
+    from flash_attn import flash_attn_with_kvcache
+
+    pages = torch.arange(-(-slots.capacity // PAGE), dtype=torch.int32, device=q.device)
+    last = k.shape[0] // PAGE - 1
+    return flash_attn_with_kvcache(
+        q[:, None],
+        k.unflatten(0, (-1, PAGE)),
+        v.unflatten(0, (-1, PAGE)),
+        cache_seqlens=slots.lengths.to(torch.int32),
+        block_table=((slots.starts // PAGE).to(torch.int32)[:, None] + pages).clamp_(max=last),
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+    )[:, 0]
+
+
+def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+# Rows of a cache page on a GPU: flash-attention's paged cache takes multiples of 256.
+PAGE = 256
+
+
+def _flash_runs(device: str, dtype: torch.dtype, width: int) -> bool:
+    return device == "cuda" and dtype in _HALF and width <= 256 and width % 8 == 0 and _installed("flash_attn")
+
+
+def _xformers_runs(device: str, dtype: torch.dtype, width: int) -> bool:
+    return device == "cuda" and width % 8 == 0 and _installed("xformers")
+
+
+def _on_cuda(device: str, dtype: torch.dtype, width: int) -> bool:
+    return device == "cuda"
+
+
+def _on_cpu(device: str, dtype: torch.dtype, width: int) -> bool:
+    return device == "cpu"
+
+
+def _upcasts(device: str, dtype: torch.dtype, width: int) -> bool:
+    return _linear.needs_upcast(device, dtype)
+
+
+def _always(device: str, dtype: torch.dtype, width: int) -> bool:
+    return True
+
+
+Runs = Callable[[str, torch.dtype, int], bool]
+
+# op -> implementations in order of preference: name, does it run for (device type, dtype, width of the last axis), the function
+IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Tensor]]]] = {
+    "segment_attention": {
+        "flash_attn": (_flash_runs, _flash_segments),
+        "xformers": (_xformers_runs, _xformers_segments),
+        "sdpa": (_always, _segment_attention.sdpa),
+        "reference": (_always, _segment_attention.reference),
+    },
+    "perceiver_attention": {
+        "sdpa": (_always, _perceiver_attention.sdpa),
+        "reference": (_always, _perceiver_attention.reference),
+    },
+    "decode_attention": {
+        "flash_attn": (_flash_runs, _flash_decode),
+        "sdpa_static": (_on_cuda, _decode_attention.sdpa_static),
+        "sdpa_ragged": (_always, _decode_attention.sdpa_ragged),
+        "reference": (_always, _decode_attention.reference),
+    },
+    "linear": {
+        "upcast": (_upcasts, _linear.upcast),
+        "torch": (_always, F.linear),
+        "reference": (_always, _linear.reference),
+    },
+    "rms_norm": {
+        "cpu": (_on_cpu, _rms_norm.cpu),
+        "torch": (_always, _torch_rms_norm),
+        "reference": (_always, _rms_norm.reference),
+    },
+}
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The name of the implementation that `op` takes for queries (or rows) like `x`."""
+    forced = _overrides.get()
+    return forced[op] if op in forced else _preferred(op, x.device.type, x.dtype, x.shape[-1])
+
+
+@cache
+def _preferred(op: str, device: str, dtype: torch.dtype, width: int) -> str:
+    return next(name for name, (runs, _) in IMPLEMENTATIONS[op].items() if runs(device, dtype, width))
+
+
+@contextmanager
+def using(**implementations: str) -> Iterator[None]:
+    """Forces implementations by name, e.g. `using(segment_attention="reference")`, within a `with` block.
+
+    Raises:
+        ValueError: no such op, or no such implementation of it.
+    """
+    for op, name in implementations.items():
+        if name not in IMPLEMENTATIONS.get(op, ()):
+            known = ", ".join(IMPLEMENTATIONS[op]) if op in IMPLEMENTATIONS else f"an op: {', '.join(IMPLEMENTATIONS)}"
+            raise ValueError(f"{op} has no implementation {name!r}: expected {known}")
+    token = _overrides.set({**_overrides.get(), **implementations})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def _run(op: str, x: Tensor) -> Callable[..., Tensor]:
+    return IMPLEMENTATIONS[op][choose(op, x)][1]
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float, causal: bool = False, window: int | None = None
+) -> Tensor:
+    """Attention of each segment to itself: q [T, N, H], k and v [T, M, H] -> [T, N, H]. See `kernels/segment_attention.py`."""
+    return _run("segment_attention", q)(q, k, v, segments, causal=causal, window=window, scale=scale)
+
+
+def perceiver_attention(
+    q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor, v_latents: Tensor, images: Segments, *, scale: float
+) -> Tensor:
+    """Attention of each image's latents to its context and themselves -> [I * L, N, H]. See `kernels/perceiver_attention.py`."""
+    return _run("perceiver_attention", q)(q, k_context, v_context, k_latents, v_latents, images, scale=scale)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, slots: Slots, *, scale: float, window: int | None = None) -> Tensor:
+    """One query a sequence against the flat cache: q [D, N, H], k and v [R, M, H] -> [D, N, H]. See `kernels/decode_attention.py`."""
+    return _run("decode_attention", q)(q, k, v, slots, window=window, scale=scale)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] W^T + b -> [T, out]. See `kernels/linear.py`."""
+    return _run("linear", x)(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * w over the last axis of x [T, C]. See `kernels/rms_norm.py`."""
+    return _run("rms_norm", x)(x, weight, eps)
+
+
+def rstd(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of the rows of x [T, C], fp32 [T, 1]: the norm's part that does not depend on its weight."""
+    return _rms_norm.rstd(x, eps)
