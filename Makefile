@@ -1,0 +1,72 @@
+# Every target does its own set-up: a virtual environment in .venv, versions pinned in constraints.txt, the C++ module built in place.
+PYTHON ?= python3
+# One more package index to take torch from, such as PyTorch's own.
+TORCH_INDEX ?=
+# More arguments for pytest and for the benchmarks.
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# The folder kernels/ must never be imported by its bare name, which belongs to a package that transformers imports.
+export PYTHONSAFEPATH := 1
+
+RUN := .venv/bin/python -m
+INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test test-all bench lint clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/ready ## answer prompts about photographs, beside Hugging Face's answers, times and memory
+	@$(RUN) idefics2_fast.benchmarks.demo
+
+test: lint ## lint, then the fast tests; those for CUDA too where there is a device
+	@$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint ## lint, then every test, the slow ones too
+	@$(RUN) pytest $(PYTEST_ARGS)
+
+bench: .venv/ready ## the benchmarks
+	@$(RUN) idefics2_fast.benchmarks $(BENCH_ARGS)
+
+lint: .venv/ready ## ruff: rules and formatting
+	@$(RUN) ruff check --quiet
+	@$(RUN) ruff format --check --quiet
+
+clean: ## remove all that make made
+	rm -rf .venv build *.egg-info idefics2_fast/_C.*.so demo-model .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+comma := ,
+# $(call require,a shell command that must succeed,what to say otherwise)
+require = $(if $(shell { $(1); } >/dev/null 2>&1 && echo met),,$(error $(2)))
+
+define preflight
+$(call require,command -v $(PYTHON),$(PYTHON) was not found: install Python 3.11 or newer$(comma) or name one: make PYTHON=python3.11)
+$(call require,$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3$(comma) 11))',$(PYTHON) is too old: install Python 3.11 or newer$(comma) or name one: make PYTHON=python3.11)
+$(call require,$(PYTHON) -c 'import ensurepip$(comma) venv',$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv))
+$(call require,command -v $(firstword $(CXX)),idefics2_fast needs a C++17 compiler: install g++ (or set CXX to another one))
+$(call require,$(PYTHON) -c 'import os$(comma) sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")',idefics2_fast needs the C headers of $(PYTHON): install them (Debian: apt-get install python3-dev))
+endef
+
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)')
+
+# torch comes first, and alone: what follows finds it in place and replaces nothing.
+.venv/torch: constraints.txt
+	$(preflight)
+	@echo "Setting up .venv: once, a few minutes."
+	@$(PYTHON) -m venv .venv
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		$(INSTALL_TORCH) 'torch==$(TORCH_VERSION),!=$(TORCH_VERSION)+cpu'; \
+	elif ! $(INSTALL_TORCH) 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null; then \
+		echo "pip's indexes have no build of torch for CPUs alone: taking the ordinary one, which is larger (TORCH_INDEX=URL adds an index)."; \
+		$(INSTALL_TORCH) 'torch==$(TORCH_VERSION)'; \
+	fi
+	@touch $@
+
+.venv/ready: .venv/torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(preflight)
+	@$(INSTALL) setuptools wheel pybind11 ninja
+	@$(INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $@
