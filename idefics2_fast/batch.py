@@ -148,5 +148,7 @@ def find_image_rows(token_ids: Tensor, image_token_id: int, n_latents: int, n_im
     if wrong is not None:
         raise ValueError(f"image {wrong} has a run of {runs[wrong]} placeholder tokens, expected {n_latents}")
     if len(runs) != n_images:
-        raise ValueError(f"the text has places for {len(runs)} images ({len(runs)} runs of {n_latents} placeholders), but {n_images} images are given")
+        raise ValueError(
+            f"the text has places for {len(runs)} images ({len(runs)} runs of {n_latents} placeholders), but {n_images} images are given"
+        )
     return rows

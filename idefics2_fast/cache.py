@@ -10,7 +10,6 @@ from torch import Tensor
 
 from idefics2_fast import ops
 from idefics2_fast.config import TextConfig
-from idefics2_fast.kernels.decode_attention import Slots
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.language import Attend
 
@@ -34,7 +33,8 @@ class KVCache:
         regions = [-(-capacity // page) * page for capacity in capacities]
         starts = list(accumulate(regions, initial=0))
         shape = (config.num_hidden_layers, starts[-1], config.num_key_value_heads, config.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        # zeros, not whatever memory holds: a masked row still meets a weight of 0, and 0 times NaN is NaN
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.starts = torch.tensor(starts[:-1], device=device)
         self.lengths = torch.zeros_like(self.starts)
         self.capacities = torch.tensor(capacities, device=device)
@@ -63,7 +63,7 @@ class KVCache:
         starts = self.starts.index_select(0, sequences)
         lengths = self.lengths.index_select(0, sequences)
         rows = starts + torch.minimum(lengths, self.capacities.index_select(0, sequences) - 1)
-        slots = Slots(starts, rows - starts + 1, self.longest)
+        slots = ops.Slots(starts, rows - starts + 1, self.longest)
         self.lengths.index_copy_(0, sequences, slots.lengths)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

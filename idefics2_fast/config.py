@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,13 @@ NAMED = {
         vision=VisionConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6),
         perceiver=PerceiverConfig(depth=2, n_heads=8, head_dim=64, num_key_value_heads=2),
         text=TextConfig(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            max_position_embeddings=8192,
         ),
         eos_token_ids=(2, 32002),
     ),
@@ -284,7 +290,13 @@ NAMED = {
         vision=VisionConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4),
         perceiver=PerceiverConfig(depth=2, n_heads=4, head_dim=16, num_key_value_heads=2),
         text=TextConfig(
-            hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=4096,
         ),
         eos_token_ids=(2, 32002),
     ),

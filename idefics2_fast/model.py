@@ -5,6 +5,8 @@ Source: transformers `models/idefics2/modeling_idefics2.py`, Idefics2ForConditio
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idefics2_fast import ops
+from idefics2_fast import ops, weights
 from idefics2_fast.batch import Batch, find_image_rows
 from idefics2_fast.config import Idefics2Config
 from idefics2_fast.connector import Connector
+from idefics2_fast.generate import Generation, generate
 from idefics2_fast.language import TextModel
 from idefics2_fast.layers import Linear
 from idefics2_fast.vision import VisionTower
@@ -114,7 +117,9 @@ class Idefics2(nn.Module):
         if batch.image_rows is None:
             return find_image_rows(batch.token_ids, self.config.image_token_id, latents, images)
         if batch.image_rows.shape != (images * latents,):
-            raise ValueError(f"image_rows has shape {list(batch.image_rows.shape)}, expected [{images * latents}]: {images} images x {latents}")
+            raise ValueError(
+                f"image_rows has shape {list(batch.image_rows.shape)}, expected [{images * latents}]: {images} images x {latents}"
+            )
         return batch.image_rows
 
     def hf_tensors(self) -> dict[str, Tensor]:
@@ -129,7 +134,9 @@ class Idefics2(nn.Module):
 
     def _hf_views(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         name = name if name.startswith("lm_head") else f"model.{name}"
-        name = name.replace("vision_model.layers", "vision_model.encoder.layers").replace("embeddings.projection", "embeddings.patch_embedding")
+        name = name.replace("vision_model.layers", "vision_model.encoder.layers").replace(
+            "embeddings.projection", "embeddings.patch_embedding"
+        )
         if name.endswith("patch_embedding.weight"):
             side = self.config.vision.patch_size
             return [(name, tensor.view(-1, 3, side, side))]
@@ -152,40 +159,38 @@ class Idefics2(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        image_size: int | None = None,
         perceiver_rms_norm_eps: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Idefics2:
         """Reads a Hugging Face checkpoint (safetensors, one file or shards) straight into the model's memory.
 
         Args:
             dtype: of the model; None for the file's own.
+            image_size: side in pixels of the position table; a checkpoint's own table is resized to it (378 -> 980: 27 x 27 -> 70 x 70).
             perceiver_rms_norm_eps: see `Idefics2Config.from_hf`.
+            progress: called with the bytes read so far and the bytes in all.
 
         Raises:
             ValueError: no such checkpoint, or one whose tensors are not this model's; the line names file and key.
         """
-        from dataclasses import replace
-
-        from idefics2_fast import weights
-
         folder = weights.resolve_checkpoint(path_or_hub_id)
         config = Idefics2Config.from_hf(folder, perceiver_rms_norm_eps=perceiver_rms_norm_eps)
         config = replace(config, eos_token_ids=weights.read_eos_ids(folder, config.eos_token_ids))
+        if image_size is not None:
+            config = replace(config, vision=replace(config.vision, image_size=image_size))
         with torch.device("meta"):
             model = cls(config)
         model = model.to(dtype or weights.stored_dtype(folder)).to_empty(device=device)
-        weights.load_weights(model.hf_tensors(), folder)
+        weights.load_weights(model.hf_tensors(), folder, progress=progress)
         return model.eval()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json and safetensors that transformers loads as the same model, bit by bit."""
-        from idefics2_fast import weights
-
         weights.save_checkpoint(self.hf_tensors(), self.config.to_hf(), Path(path))
 
-    def generate(self, batch: Batch, **settings: Any) -> Any:
+    def generate(self, batch: Batch, **settings: Any) -> Generation:
         """Continues every document of the batch; see `idefics2_fast.generate.generate` for settings and result."""
-        from idefics2_fast.generate import generate
-
         return generate(self, batch, **settings)
 
 

@@ -9,11 +9,9 @@ The rule is `choose`. Every op takes the first implementation of its row in `IMP
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ from idefics2_fast.kernels.decode_attention import Slots
 from idefics2_fast.kernels.segments import Segments
 
 _HALF = (torch.bfloat16, torch.float16)
-_overrides: ContextVar[Mapping[str, str]] = ContextVar("overrides", default=MappingProxyType({}))
+_overrides: dict[str, str] = {}
 
 
 @cache
@@ -148,8 +146,7 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Tensor]]]] = {
 
 def choose(op: str, x: Tensor) -> str:
     """The name of the implementation that `op` takes for queries (or rows) like `x`."""
-    forced = _overrides.get()
-    return forced[op] if op in forced else _preferred(op, x.device.type, x.dtype, x.shape[-1])
+    return _overrides.get(op) or _preferred(op, x.device.type, x.dtype, x.shape[-1])
 
 
 @cache
@@ -159,7 +156,7 @@ def _preferred(op: str, device: str, dtype: torch.dtype, width: int) -> str:
 
 @contextmanager
 def using(**implementations: str) -> Iterator[None]:
-    """Forces implementations by name, e.g. `using(segment_attention="reference")`, within a `with` block.
+    """Forces implementations by name, e.g. `using(segment_attention="reference")`, within a `with` block, in all threads.
 
     Raises:
         ValueError: no such op, or no such implementation of it.
@@ -168,11 +165,13 @@ def using(**implementations: str) -> Iterator[None]:
         if name not in IMPLEMENTATIONS.get(op, ()):
             known = ", ".join(IMPLEMENTATIONS[op]) if op in IMPLEMENTATIONS else f"an op: {', '.join(IMPLEMENTATIONS)}"
             raise ValueError(f"{op} has no implementation {name!r}: expected {known}")
-    token = _overrides.set({**_overrides.get(), **implementations})
+    before = dict(_overrides)
+    _overrides.update(implementations)
     try:
         yield
     finally:
-        _overrides.reset(token)
+        _overrides.clear()
+        _overrides.update(before)
 
 
 def _run(op: str, x: Tensor) -> Callable[..., Tensor]:

@@ -14,7 +14,9 @@ from idefics2_fast.kernels import segment_attention
 from idefics2_fast.kernels.segments import Segments
 
 
-def reference(q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor, v_latents: Tensor, images: Segments, *, scale: float) -> Tensor:
+def reference(
+    q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor, v_latents: Tensor, images: Segments, *, scale: float
+) -> Tensor:
     """The formula in the inputs' dtype (fp64 included). Shapes as in `sdpa`."""
     groups = q.shape[1] // k_context.shape[1]
     outputs = []
@@ -25,7 +27,9 @@ def reference(q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor
     return torch.cat(outputs)
 
 
-def sdpa(q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor, v_latents: Tensor, images: Segments, *, scale: float) -> Tensor:
+def sdpa(
+    q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor, v_latents: Tensor, images: Segments, *, scale: float
+) -> Tensor:
     """One scaled_dot_product_attention an image, the query heads of a KV head packed: the CPU path.
 
     Args:

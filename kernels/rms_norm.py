@@ -7,8 +7,6 @@ On a CPU the mean comes from one `vector_norm` pass: torch's own composite makes
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -28,10 +26,4 @@ def rstd(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps), fp32 (fp64 for fp64) [T, 1]."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return torch.addcmul(_constant(eps, dtype, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt()
-
-
-@functools.lru_cache
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device=device)
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt()

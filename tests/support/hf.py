@@ -101,7 +101,9 @@ def positions_of(height: int, width: int, side: int = 70) -> Tensor:
     return (coordinate(height // PATCH)[:, None] * side + coordinate(width // PATCH)).flatten()
 
 
-def to_batch(samples: Sequence[Sample], config: Idefics2Config, *, as_bytes: bool = True, labels: Sequence[Sequence[int]] | None = None) -> Batch:
+def to_batch(
+    samples: Sequence[Sample], config: Idefics2Config, *, as_bytes: bool = True, labels: Sequence[Sequence[int]] | None = None
+) -> Batch:
     """The same samples packed."""
     images = [image for s in samples for image in s.images]
     others = {}
