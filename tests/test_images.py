@@ -1,0 +1,413 @@
+"""Images to patches, bit for bit against Hugging Face's PIL processor: sizes, modes, files, arrays, and everything that is refused."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from support.hf_images import hf_patches
+
+from idefics2_fast import _C, pack_images
+
+ORIENTATION = 0x0112
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def photo(height: int = 400, width: int = 500, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    return Image.fromarray(noise(height, width, seed=seed)).convert(mode)
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def turned(orientation: int, format: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encoded(photo(), format, exif=exif)
+
+
+def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    assert ours.dtype == expected.dtype
+    assert torch.equal(ours, expected)
+
+
+# --- sizes ---
+
+SIZES = [
+    (768, 1024),
+    (899, 1015),  # 867 rows, not 868: a row of patches less
+    (1015, 522),
+    (500, 377),  # one axis alone is resized
+    (2532, 1170),  # Pillow's vertical pass comes first
+    (200, 2000),
+    (30, 4000),
+    (979, 981),  # odd sides: the crops differ by one
+    (980, 980),
+    (480, 640),
+    (3, 2),
+    *np.random.default_rng(1).integers(2, 1400, (6, 2)).tolist(),
+]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_patches_equal_hugging_face(size: tuple[int, int], split: bool) -> None:
+    """Another resampling, size rule, rounding of the normalisation, order of crops or order within a patch would show in some bit."""
+    image = photo(*size)
+    assert_same(pack_images([image], split=split, dtype=torch.float32).patches, hf_patches([image], split=split))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_thin_images_work_unsplit(size: tuple[int, int]) -> None:
+    assert_same(pack_images([photo(*size)], dtype=torch.float32).patches, hf_patches([photo(*size)]))
+
+
+def test_black_and_white_edges_stay_within_bytes() -> None:
+    """Values that a resize without clipping or rounding between its passes would push over."""
+    image = Image.fromarray(np.kron(noise(60, 70) // 128 * 255, np.ones((20, 20, 1), np.uint8)))
+    assert_same(pack_images([image], dtype=torch.float32).patches, hf_patches([image]))
+
+
+def test_other_edges() -> None:
+    size = {"shortest_edge": 100, "longest_edge": 384}
+    assert_same(pack_images([photo()], dtype=torch.float32, **size).patches, hf_patches([photo()], size=size))
+
+
+def test_patches_are_in_the_order_of_conv2d() -> None:
+    """The patch embedding may treat the convolution's weight as a matrix."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 3, 14, 14, generator=draw, dtype=torch.float64)
+    pixels = torch.from_numpy(noise(378, 392)).permute(2, 0, 1).double()[None]
+    expected = F.conv2d(pixels, weight, stride=14)[0].flatten(1).T
+    ours = pack_images([noise(378, 392)]).patches.double() @ weight.view(8, -1).T
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-9)  # sums of 588 products of up to 255 * 4, in another order
+
+
+def test_a_batch_is_its_images_one_after_another() -> None:
+    images = [photo(400, 500, seed=1), photo(1200, 900, seed=2), photo(50, 60, seed=3)]
+    for split in (False, True):
+        packed = pack_images(images, split=split)
+        alone = [pack_images([image], split=split) for image in images]
+        assert torch.equal(packed.patches, torch.cat([one.patches for one in alone]))
+        assert torch.equal(packed.patch_positions, torch.cat([one.patch_positions for one in alone]))
+        assert torch.equal(packed.grids, torch.cat([one.grids for one in alone]))
+        assert packed.images.lengths == [length for one in alone for length in one.images.lengths]
+
+
+def test_offsets_grids_and_positions() -> None:
+    packed = pack_images([photo(3000, 4000), photo(480, 640)])
+    assert packed.grids.tolist() == [[52, 70], [34, 45]]  # 735 x 980 loses 7 rows, 480 x 640 loses 4 rows and 10 columns
+    assert packed.image_offsets.dtype == torch.int32
+    assert packed.image_offsets.tolist() == [0, 3640, 5170]
+    assert packed.patches.shape == (5170, 588)
+    expected = np.concatenate([_C.grid_positions(52, 70, 70, "transformers-5"), _C.grid_positions(34, 45, 70, "transformers-5")])
+    assert_same(packed.patch_positions, torch.from_numpy(expected))
+
+
+def test_a_split_counts_as_five_images() -> None:
+    packed = pack_images([photo(768, 1024)], split=True)
+    assert packed.grids.tolist() == [[27, 36]] * 4 + [[52, 70]]
+
+
+@pytest.mark.parametrize(("side", "rule"), [(27, "transformers-5"), (70, "transformers-4.40")])
+def test_the_position_table_and_its_formula_can_be_chosen(side: int, rule: str) -> None:
+    packed = pack_images([photo(686, 812)], positions_per_side=side, position_ids=rule)  # 49 x 58 patches, where the formulas differ
+    assert packed.patch_positions.tolist() == _C.grid_positions(49, 58, side, rule).tolist()
+    assert packed.patch_positions.tolist() != pack_images([photo(686, 812)]).patch_positions.tolist()
+
+
+def test_no_images() -> None:
+    packed = pack_images([])
+    assert (packed.patches.shape, packed.patch_positions.shape, packed.grids.shape) == ((0, 588), (0,), (0, 2))
+    assert packed.image_offsets.tolist() == [0]
+
+
+# --- dtypes ---
+
+
+def test_bytes_are_the_pixels_themselves() -> None:
+    pixels = noise(378, 378)
+    patches = pack_images([pixels]).patches
+    assert patches.dtype == torch.uint8
+    assert patches[28].tolist() == pixels[14:28, 14:28].transpose(2, 0, 1).flatten().tolist()  # second row, second column
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precisions_are_rounded_from_float32(dtype: torch.dtype) -> None:
+    assert_same(pack_images([photo()], dtype=dtype).patches, hf_patches([photo()]).to(dtype))
+
+
+def test_every_byte_is_normalised_as_hugging_face_does() -> None:
+    """All 256 values; half of them differ from (x - 127.5) / 127.5 in the last bits."""
+    pixels = np.arange(378 * 378 * 3, dtype=np.int64).astype(np.uint8).reshape(378, 378, 3)
+    ours = pack_images([pixels], dtype=torch.float32).patches
+    assert_same(ours, hf_patches([pixels]))
+    assert ours.unique().numel() == 256
+    assert not torch.equal(ours, (pack_images([pixels]).patches.float() - 127.5) / 127.5)
+
+
+# --- modes ---
+
+
+def palette(transparency: int | bytes | None) -> Image.Image:
+    image = photo().quantize(16)
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+def with_alpha(mode: str) -> Image.Image:
+    image = Image.fromarray(noise(400, 500, 4, seed=5), "RGBA")
+    return image if mode == "RGBA" else image.convert(mode)
+
+
+def sixteen_bits(mode: str) -> Image.Image:
+    values = np.random.default_rng(0).choice(np.array([0, 100, 254, 255, 256, 1000, 65535]), (400, 500))
+    return {
+        "I;16": lambda: Image.fromarray(values.astype(np.uint16)),
+        "I": lambda: Image.fromarray(values.astype(np.int32) - 300),
+        "F": lambda: Image.fromarray(values.astype(np.float32) / 2 - 5),
+    }[mode]()
+
+
+def keyed(mode: str, key: Any) -> Image.Image:
+    image = photo(mode=mode)
+    image.info["transparency"] = key
+    return image
+
+
+MODES: dict[str, Callable[[], Image.Image]] = {
+    **{mode: lambda mode=mode: photo(mode=mode) for mode in ("1", "L", "CMYK", "YCbCr", "LAB", "HSV", "RGBX")},
+    **{mode: lambda mode=mode: with_alpha(mode) for mode in ("RGBA", "LA", "RGBa")},
+    **{mode: lambda mode=mode: sixteen_bits(mode) for mode in ("I;16", "I", "F")},
+    "PA": lambda: palette(None).convert("PA"),
+    "P": lambda: palette(None),
+    "P, one colour transparent": lambda: palette(3),
+    "P, alpha per colour": lambda: palette(bytes(range(0, 256, 16))),
+    "L, one grey transparent": lambda: keyed("L", 128),
+    "RGB, one colour transparent": lambda: keyed("RGB", tuple(noise(400, 500)[0, 0].tolist())),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_become_rgb_as_hugging_face_does(mode: str) -> None:
+    assert_same(pack_images([MODES[mode]()], dtype=torch.float32).patches, hf_patches([MODES[mode]()]))
+
+
+def test_transparency_is_laid_on_white() -> None:
+    image = Image.new("RGBA", (378, 378), (200, 0, 0, 0))
+    assert pack_images([image]).patches.min() == 255
+
+
+def test_sixteen_bits_are_clipped_and_not_scaled() -> None:
+    values = np.full((378, 378), 65535, np.uint16)
+    values[0, :4] = [0, 100, 255, 256]
+    assert pack_images([Image.fromarray(values)]).patches[0, :5].tolist() == [0, 100, 255, 255, 255]
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_files_are_turned_upright(orientation: int, format: str, tmp_path: Path) -> None:
+    """As Hugging Face does with a path. With all eight, no turn can be taken for its inverse."""
+    path = tmp_path / "photo"
+    path.write_bytes(turned(orientation, format))
+    expected = hf_patches([str(path)])
+    for source in (path, str(path), path.read_bytes()):
+        assert_same(pack_images([source], dtype=torch.float32).patches, expected)
+
+
+def test_pil_images_are_not_turned() -> None:
+    """As Hugging Face's image processor has it; the image and its tag stay as they were."""
+    image = Image.open(io.BytesIO(turned(6)))
+    packed = pack_images([image], dtype=torch.float32)
+    assert_same(packed.patches, hf_patches([image]))
+    assert packed.grids.tolist() == [[28, 35]]
+    assert (image.size, image.getexif()[ORIENTATION]) == ((500, 400), 6)
+
+
+FILES = {
+    "grey.jpg": lambda: encoded(photo(mode="L")),
+    "cmyk.jpg": lambda: encoded(photo(mode="CMYK")),
+    "progressive.jpg": lambda: encoded(photo(), progressive=True, subsampling=2),
+    "palette.png": lambda: encoded(palette(None), "PNG"),
+    "sixteen.png": lambda: encoded(sixteen_bits("I;16"), "PNG"),
+    "photo.webp": lambda: encoded(photo(), "WEBP"),
+    "photo.tiff": lambda: encoded(photo(mode="CMYK"), "TIFF"),
+    "two-frames.gif": lambda: encoded(photo(), "GIF", save_all=True, append_images=[photo(seed=9)]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_opaque_files_equal_hugging_face(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(FILES[name]())
+    expected = hf_patches([str(tmp_path / name)])
+    assert_same(pack_images([tmp_path / name], dtype=torch.float32).patches, expected)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [lambda: with_alpha("RGBA"), lambda: with_alpha("LA"), lambda: palette(3), lambda: palette(bytes(range(0, 256, 16)))],
+)
+def test_transparent_files_are_laid_on_white_like_transparent_images(image: Callable[[], Image.Image]) -> None:
+    """Hugging Face does so with opened images; for paths it drops the alpha and shows the colours that it hides."""
+    data = encoded(image(), "PNG")
+    assert_same(pack_images([data], dtype=torch.float32).patches, hf_patches([ImageOps.exif_transpose(Image.open(io.BytesIO(data)))]))
+
+
+# --- arrays ---
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_arrays_equal_hugging_face(channels: int) -> None:
+    array = noise(400, 500, channels)
+    assert_same(pack_images([array], dtype=torch.float32).patches, hf_patches([array], image_mean=[0.5] * 3, image_std=[0.5] * 3))
+
+
+def test_grey_arrays_without_channels() -> None:
+    array = noise(400, 500, 1)
+    assert torch.equal(pack_images([array[..., 0]]).patches, pack_images([array]).patches)
+
+
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_arrays_are_never_guessed_to_have_channels_first(height: int) -> None:
+    """Hugging Face reads an image of 3 or 4 rows as channels."""
+    array = noise(height, 400)
+    assert torch.equal(pack_images([array]).patches, pack_images([Image.fromarray(array)]).patches)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a[::-1, ::-1],
+        lambda a: a[::2, ::3],
+        lambda a: a[..., ::-1],
+        lambda a: np.asfortranarray(a),
+        lambda a: a.transpose(1, 0, 2),
+        lambda a: np.frombuffer(a.tobytes(), np.uint8).reshape(a.shape),  # read-only
+    ],
+)
+def test_arrays_of_any_memory_layout(view: Callable[[np.ndarray], np.ndarray]) -> None:
+    array = view(noise(800, 900))
+    assert torch.equal(pack_images([array]).patches, pack_images([array.copy(order="C")]).patches)
+
+
+# --- bad input ---
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces a size and holds no pixels: reading any would fail."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"")
+
+
+def damaged(data: bytes) -> bytes:
+    return data[:1000] + bytes(10) + data[1010:]
+
+
+def file(folder: Path, name: str, data: bytes) -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+BAD_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda folder: folder / "none.jpg", r"there is no file .*none\.jpg"),
+    "folder": (lambda folder: folder, "there is no file"),
+    "url": (lambda _: "https://example.org/a.jpg", "a.jpg is not downloaded: expected a local file"),
+    "text named .jpg": (lambda folder: file(folder, "a.jpg", b"Dear Sir"), r"a\.jpg is not an image in any format that Pillow reads"),
+    "empty file": (lambda folder: file(folder, "a.jpg", b""), r"a\.jpg is not an image"),
+    "no bytes": (lambda _: b"", "the file of 0 bytes is not an image"),
+    "truncated file": (lambda folder: file(folder, "a.jpg", encoded(photo())[:20000]), r"a\.jpg cannot be decoded: .*truncated"),
+    "truncated bytes": (lambda _: encoded(photo())[:20000], "the file of 20000 bytes cannot be decoded: .*truncated"),
+    "truncated PIL image": (lambda _: Image.open(io.BytesIO(encoded(photo())[:20000])), "the PIL image cannot be decoded: .*truncated"),
+    "damaged png": (lambda _: damaged(encoded(photo(), "PNG")), "the file of .* bytes cannot be decoded: "),
+    "bomb": (lambda _: png_header(13400, 13300), r"13300x13400 pixels .* expected 1 to 178000000 in all \(max_pixels\)"),
+    "larger bomb": (lambda _: png_header(30000, 30000), r"over Pillow's own limit .*900000000 pixels"),
+    "float array": (lambda _: noise(50, 60) / 255, "the array is float64, expected uint8 with values 0 to 255"),
+    "NaN array": (lambda _: np.full((50, 60, 3), np.nan, np.float32), "the array is float32 with NaN pixels, expected uint8"),
+    "NaN image": (lambda _: Image.fromarray(np.full((50, 60), np.nan, np.float32)), "the image has NaN pixels"),
+    "16-bit array": (lambda _: noise(50, 60).astype(np.uint16), "the array is uint16, expected uint8"),
+    "bool array": (lambda _: noise(50, 60) > 5, "the array is bool, expected uint8"),
+    "channels first": (lambda _: noise(50, 60).transpose(2, 0, 1), r"shape \[3, 50, 60\], expected .*\[H, W, 3\].* channels last"),
+    "two channels": (lambda _: noise(50, 60, 2), r"shape \[50, 60, 2\]"),
+    "batch axis": (lambda _: noise(50, 60)[None], r"shape \[1, 50, 60, 3\]"),
+    "flat": (lambda _: noise(50, 60).ravel(), r"shape \[9000\]"),
+    "empty array": (lambda _: noise(0, 60), "0x60 pixels"),
+    "empty PIL image": (lambda _: Image.new("RGB", (60, 0)), "0x60 pixels"),
+    "unknown mode": (lambda _: Image.new("La", (50, 60)), "conversion from La"),
+    "closed": (lambda folder: closed(file(folder, "a.jpg", encoded(photo()))), "the PIL image cannot be decoded|closed image"),
+    "tensor": (lambda _: torch.zeros(50, 60, 3, dtype=torch.uint8), "a Tensor is not an image: expected a path, bytes"),
+    "nothing": (lambda _: None, "a NoneType is not an image"),
+}
+
+
+def closed(path: Path) -> Image.Image:
+    image = Image.open(path)
+    image.close()
+    return image
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_a_bad_image_is_named_by_its_index(name: str, tmp_path: Path) -> None:
+    source, message = BAD_SOURCES[name]
+    with pytest.raises(ValueError, match=rf"^image 1: .*({message})"):
+        pack_images([photo(), source(tmp_path), photo()])
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1)])
+def test_an_image_too_thin_to_be_split_is_named_by_its_index(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"^image 1: .*{size[0]}x{size[1]} pixels .*cannot be split in four: expected 2x2 at least"):
+        pack_images([photo(), photo(*size)], split=True)
+
+
+@pytest.mark.parametrize("source", [lambda: encoded(photo(40, 50)), lambda: photo(40, 50), lambda: noise(40, 50)])
+def test_the_limit_of_pixels_can_be_moved(source: Callable[[], Any]) -> None:
+    assert pack_images([source()], max_pixels=2000).grids.tolist() == [[27, 27]]
+    with pytest.raises(ValueError, match=r"image 0: .*40x50 pixels .*expected 1 to 1999 in all"):
+        pack_images([source()], max_pixels=1999)
+
+
+def test_pillows_own_limit_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 12345678)
+    pack_images([encoded(photo())], max_pixels=10**9)
+    assert PIL.Image.MAX_IMAGE_PIXELS == 12345678
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ("photo.jpg", {}, "images is one str, expected a list of images"),
+        (b"", {}, "images is one bytes, expected a list"),
+        (photo(), {}, "images is one Image, expected a list"),
+        (noise(50, 60), {}, "images is one ndarray, expected a list"),
+        ([photo()], {"dtype": torch.int8}, "dtype is torch.int8, expected one of torch.uint8"),
+        ([photo()], {"position_ids": "exact"}, "position_ids is 'exact'"),
+        ([photo()], {"positions_per_side": 0}, "positions_per_side is 0"),
+        ([photo()], {"longest_edge": 300}, "shortest_edge 378 and longest_edge 300"),
+        ([photo(5, 6)], {"shortest_edge": 1}, "5x6 pixels .* no full patch of 14x14"),
+    ],
+)
+def test_bad_arguments_are_named(images: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_images(images, **options)
