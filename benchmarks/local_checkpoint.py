@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 def write_model(
     folder: Path, config: Idefics2Config, *, dtype: torch.dtype = torch.float32, seed: int = 0, max_shard_size: int = SHARD_BYTES
 ) -> None:
-    """Writes a seeded random model with transformers itself: config.json, generation_config.json and safetensors.
+    """Writes `random_model` with transformers itself: config.json, generation_config.json and safetensors."""
+    random_model(config, dtype=dtype, seed=seed).save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def random_model(config: Idefics2Config, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Idefics2ForConditionalGeneration:
+    """transformers' model with seeded random weights.
 
     Activations stay near 1 through the depth and every parameter has an effect of its own, so that a wrong one shows.
     """
@@ -33,7 +38,7 @@ def write_model(
     for name, parameter in model.named_parameters():
         mean, std = _spread(name, parameter)
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std + mean)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model.eval()
 
 
 def write_random_checkpoint(

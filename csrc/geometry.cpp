@@ -41,7 +41,7 @@ std::vector<float> float_arange(double start, double end, double step) {
 }
 
 std::vector<float> side_fractions(int64_t length, PositionRule rule) {
-    const float step = 1.0f / static_cast<float>(length);
+    const float step = 1.0f / static_cast<float>(length);  // a float32 tensor in both formulas
     if (rule == PositionRule::transformers_4_40) return float_arange(0.0, 1.0 - 1e-6, step);
     std::vector<float> fractions;
     for (int64_t i = 0; i < length; ++i) fractions.push_back(std::min(static_cast<float>(i) * step, static_cast<float>(1.0 - 1e-6)));

@@ -22,7 +22,8 @@ struct Box {
 // on 70 positions they differ at (length, i) = (49, 28), (49, 42), (58, 29).
 enum class PositionRule {
     transformers_5,     // i * (1 / length), at most 1 - 1e-6
-    transformers_4_40,  // torch.arange(0, 1 - 1e-6, 1 / length), the formula when the released model was trained
+    transformers_4_40,  // torch.arange(0, 1 - 1e-6, 1 / length), the formula when the released model was trained; here with the rounding
+                        // that torch.arange has on vectors of eight floats (AVX2), since it depends on their width
 };
 
 // Hugging Face's `get_resize_output_image_size`, to the bit: the longer side is cut to `longest_edge`, the other follows by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -143,7 +144,7 @@ def find_image_rows(token_ids: Tensor, image_token_id: int, n_latents: int, n_im
     rows = (token_ids == image_token_id).nonzero()[:, 0]
     breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
     borders = [0, *breaks.tolist(), rows.shape[0]] if rows.shape[0] else [0]
-    runs = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    runs = [end - start for start, end in itertools.pairwise(borders)]
     wrong = next((i for i, run in enumerate(runs) if run != n_latents), None)
     if wrong is not None:
         raise ValueError(f"image {wrong} has a run of {runs[wrong]} placeholder tokens, expected {n_latents}")

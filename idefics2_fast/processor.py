@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short  # an image's bytes may stand in what a message shows
 from typing import Any
 
 from idefics2_fast.batch import Batch, find_image_rows
@@ -250,12 +251,12 @@ def _images_of_prompts(images: Images | None, n_prompts: int, single: bool) -> S
 def _plain_conversation(conversation: Sequence[Message], name: str) -> tuple[list[dict[str, Any]], list[ImageSource]]:
     """The conversation as the chat template reads it, and the image sources found in it."""
     if not conversation or not isinstance(conversation, list | tuple):
-        raise ValueError(f"{name} is {conversation!r}, expected a list of messages")
+        raise ValueError(f"{name} is {short(conversation)}, expected a list of messages")
     messages, sources = [], []
     for message in conversation:
         content = message.get("content") if isinstance(message, Mapping) else None
         if not content or not isinstance(content, str | list | tuple) or not isinstance(message.get("role"), str):
-            raise ValueError(f'{name} holds {message!r}, expected {{"role": str, "content": str or list of pieces}}, not empty')
+            raise ValueError(f'{name} holds {short(message)}, expected {{"role": str, "content": str or list of pieces}}, not empty')
         pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for piece in pieces:
             sources += _sources_of_piece(piece, name)
@@ -269,7 +270,7 @@ def _sources_of_piece(piece: Any, name: str) -> list[ImageSource]:
     if kind == "image":
         return [piece[key] for key in ("image", "path", "url") if piece.get(key) is not None]
     if kind != "text" or not isinstance(piece.get("text"), str):
-        raise ValueError(f'{name} holds the piece {piece!r}, expected {{"type": "text", "text": str}} or {{"type": "image", ...}}')
+        raise ValueError(f'{name} holds the piece {short(piece)}, expected {{"type": "text", "text": str}} or {{"type": "image", ...}}')
     return []
 
 

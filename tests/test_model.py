@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.hf import Sample, engine_of, hf_model, positions_of, sample, to_batch, to_hf, unpad
+from support.hf import Sample, engine_of, positions_of, sample, to_batch, to_hf, unpad
 
 from idefics2_fast import Batch, Idefics2, Idefics2Config, Segments, ops, vision
+from idefics2_fast.benchmarks.local_checkpoint import random_model
 
 TINY = Idefics2Config.named("tiny")
 FP32_LOGITS = 2e-5  # of the largest logit
@@ -16,7 +17,7 @@ BF16_GROWTH = 1.5  # our error over Hugging Face's, both against fp64
 
 @pytest.fixture(scope="module")
 def theirs():
-    return hf_model(TINY)
+    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,8 @@ def test_logits_equal_transformers(theirs, ours, name, as_bytes):
 
 def test_logits_equal_the_eager_formula_under_a_sliding_window():
     config = Idefics2Config(TINY.vision, TINY.perceiver, type(TINY.text)(**{**vars(TINY.text), "sliding_window": 16}))
-    theirs = hf_model(config, attention="eager")
+    theirs = random_model(config)
+    theirs.set_attn_implementation("eager")
     samples = [sample([], config, text=90), sample([], config, text=13, seed=1)]
     with torch.no_grad():
         assert (
@@ -107,7 +109,7 @@ def test_text_alone_leaves_the_vision_tower_without_gradient(theirs, ours):
 @torch.no_grad()
 def bf16_growth() -> float:
     """Our bf16 error over Hugging Face's, root mean square, both against fp64 on the same bf16 weights and pixels."""
-    theirs = hf_model(TINY, torch.bfloat16)
+    theirs = random_model(TINY, dtype=torch.bfloat16)
     ours = engine_of(theirs, TINY)
     samples = [sample([(378, 378)], TINY), sample([(392, 420)], TINY, seed=1)]
     errors = [unpad(theirs(**to_hf(samples, torch.bfloat16)).logits, samples), ours(to_batch(samples, TINY))]

@@ -15,26 +15,6 @@ PATCH = 14
 FAKE = 32000
 
 
-def hf_model(config: Idefics2Config, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str = "sdpa"):
-    """transformers' model with random weights whose every part matters: norms off one, biases off zero, latents apart."""
-    from transformers import Idefics2Config as HFConfig
-    from transformers import Idefics2ForConditionalGeneration
-
-    torch.manual_seed(seed)
-    model = Idefics2ForConditionalGeneration._from_config(HFConfig(**config.to_hf()), attn_implementation=attention)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.normal_(0, 0.1).add_(1.0 if name.endswith("weight") else 0.0)
-            elif weight.ndim == 1:
-                weight.normal_(0, 0.1)
-            elif "latents" in name or "embed" in name:
-                weight.normal_(0, 1.0)
-            else:
-                weight.normal_(0, weight[0].numel() ** -0.5)
-    return model.to(dtype).eval()
-
-
 def engine_of(model, config: Idefics2Config, dtype: torch.dtype | None = None) -> Idefics2:
     """This engine with the Hugging Face model's weights."""
     dtype = dtype or model.dtype
