@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from idefics2_fast.config import TextConfig
-from idefics2_fast.layers import GatedMLP, Linear, RMSNorm, add, by_rows
+from idefics2_fast.layers import Embedding, GatedMLP, Linear, RMSNorm, add, by_rows
 
 # attend(layer index, q [T, N, H], k [T, M, H], v [T, M, H]) -> [T, N, H]: packed documents, or a cache
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -65,7 +65,7 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

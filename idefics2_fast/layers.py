@@ -20,6 +20,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
+    def reset_parameters(self) -> None:
+        """Nothing: the model draws its weights itself, or reads them."""
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without weights of its own making."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the model draws its weights itself, or reads them."""
+
 
 class RMSNorm(nn.Module):
     """Root mean square norm over the last axis of [T, C], its mean in fp32."""

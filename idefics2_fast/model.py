@@ -5,7 +5,6 @@ Source: transformers `models/idefics2/modeling_idefics2.py`, Idefics2ForConditio
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idefics2_fast import ops, weights
+from idefics2_fast import counters, ops, weights
 from idefics2_fast.batch import Batch, find_image_rows
 from idefics2_fast.config import Idefics2Config
 from idefics2_fast.connector import Connector
+from idefics2_fast.counters import Parts
 from idefics2_fast.generate import Generation, generate
 from idefics2_fast.language import TextModel
 from idefics2_fast.layers import Linear
@@ -40,7 +40,8 @@ class Idefics2(nn.Module):
         self.connector = Connector(config)
         self.text_model = TextModel(config.text)
         self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        self.reset_parameters()
+        if not self.lm_head.weight.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -98,7 +99,7 @@ class Idefics2(nn.Module):
         """Token embeddings [T, C] with the image features in the placeholders' rows.
 
         Raises:
-            ValueError: placeholders and images do not match; token ids outside the vocabulary.
+            ValueError: placeholders and images do not match.
         """
         tokens = self.text_model.embed_tokens(batch.token_ids)
         rows = self._image_rows(batch)
@@ -121,6 +122,14 @@ class Idefics2(nn.Module):
                 f"image_rows has shape {list(batch.image_rows.shape)}, expected [{images * latents}]: {images} images x {latents}"
             )
         return batch.image_rows
+
+    def forward_flops(self, batch: Batch) -> Parts:
+        """FLOPs of `forward` on a batch, part by part; see `counters.forward_flops`."""
+        return counters.forward_flops(self.config, batch.documents.lengths, batch.images.lengths if batch.images else ())
+
+    def decode_bytes(self, context_length: int) -> int:
+        """Bytes read to decode one token of a sequence of `context_length`; see `counters.decode_bytes`."""
+        return counters.decode_bytes(self.config, context_length, self.dtype.itemsize)
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """Every weight under its name in Hugging Face's state dict, as a view: what is written to one is written to the model."""
@@ -161,7 +170,7 @@ class Idefics2(nn.Module):
         device: torch.device | str = "cpu",
         image_size: int | None = None,
         perceiver_rms_norm_eps: float | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: weights.Progress | None = None,
     ) -> Idefics2:
         """Reads a Hugging Face checkpoint (safetensors, one file or shards) straight into the model's memory.
 

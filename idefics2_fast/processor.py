@@ -83,15 +83,17 @@ class Processor:
             position_ids, max_pixels: as in `pack_images`.
 
         Raises:
-            ValueError: files missing or damaged, or an image setting that this engine does not implement.
+            ValueError: files missing or damaged, an image setting that this engine does not implement, or a tokenizer with ids that the
+                model's embedding has no row for.
         """
-        folder = resolve_checkpoint(path_or_hub_id, revision)
+        folder = resolve_checkpoint(path_or_hub_id, revision, weights=False)
         settings = _read_json(folder / "processor_config.json")
         images = settings.get("image_processor") or _read_json(folder / "preprocessor_config.json")
         if not images:
             raise ValueError(f"{folder} has no image settings: expected them in processor_config.json or preprocessor_config.json")
         shortest_edge, longest_edge = _edges(images)
-        return cls(
+        config = _read_json(folder / "config.json")
+        processor = cls(
             tokenizer=_load_tokenizer(folder, settings.get("chat_template")),
             split_images=bool(images.get("do_image_splitting", False)) if split_images is None else split_images,
             image_seq_len=settings.get("image_seq_len", 64) if image_seq_len is None else image_seq_len,
@@ -99,8 +101,12 @@ class Processor:
             longest_edge=longest_edge,
             position_ids=position_ids,
             max_pixels=max_pixels,
-            **_model_limits(_read_json(folder / "config.json")),
+            **_model_limits(config),
         )
+        rows = (config.get("text_config") or {}).get("vocab_size", processor.vocab_size)
+        if processor.vocab_size > rows:
+            raise ValueError(f"the tokenizer has {processor.vocab_size} tokens, the model's embedding only {rows} rows")
+        return processor
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files that Hugging Face's AutoProcessor, and `from_pretrained`, load back."""

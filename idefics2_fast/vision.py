@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from idefics2_fast import ops
 from idefics2_fast.config import VisionConfig
 from idefics2_fast.kernels.segments import Segments
-from idefics2_fast.layers import Linear, add, by_rows
+from idefics2_fast.layers import Embedding, Linear, add, by_rows
 
 
 class PatchEmbedding(nn.Module):
@@ -21,7 +21,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.projection = Linear(config.patch_dim, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.positions_per_side**2, config.hidden_size)
+        self.position_embedding = Embedding(config.positions_per_side**2, config.hidden_size)
 
     def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
         return add(self._project(patches), self.position_embedding(positions))

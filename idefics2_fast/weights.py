@@ -28,8 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idefics2_fast.config import Idefics2Config
-
 logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
@@ -55,6 +53,9 @@ QUANTISED_DTYPES = re.compile(r"[IU]8|F[468]_.*|F4")
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor in a safetensors file; its bytes are [start, end) of the file."""
@@ -66,7 +67,7 @@ class Entry:
     end: int
 
 
-def load_weights(tensors: Mapping[str, Tensor], source: Path, *, progress: Callable[[int, int], None] | None = None) -> None:
+def load_weights(tensors: Mapping[str, Tensor], source: Path, *, progress: Progress | None = None) -> None:
     """Fills `tensors` from a checkpoint: one `model.safetensors`, or shards and their index.
 
     bf16, fp16 and fp32 convert into each other, through 16 MiB of staging. A square table of vision positions of another size is resized.
@@ -93,7 +94,9 @@ def load_weights(tensors: Mapping[str, Tensor], source: Path, *, progress: Calla
                     progress(done, total)
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: Path, *, max_shard_size: int = SHARD_BYTES) -> None:
+def save_weights(
+    tensors: Mapping[str, Tensor], folder: Path, *, max_shard_size: int = SHARD_BYTES, progress: Progress | None = None
+) -> None:
     """Writes weights that `transformers` loads: one `model.safetensors`, or shards of at most `max_shard_size` bytes and their index.
 
     The files are written aside and renamed when complete, the one that names the others last: an interrupted save leaves what was there
@@ -101,14 +104,22 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path, *, max_shard_size:
 
     Args:
         tensors: by Hugging Face's names; bf16, fp16 or fp32, on any device.
+        progress: called after each file with the bytes written so far and the bytes in all.
 
     Raises:
         ValueError: a tensor of another dtype; a shard size that is not positive.
     """
-    _save(tensors, Path(folder), max_shard_size, {})
+    _save(tensors, Path(folder), max_shard_size, {}, progress)
 
 
-def save_checkpoint(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, *, max_shard_size: int = SHARD_BYTES) -> None:
+def save_checkpoint(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    max_shard_size: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
     """Writes a checkpoint's folder as `save_weights` writes its weights: these, config.json and generation_config.json together.
 
     Args:
@@ -119,7 +130,7 @@ def save_checkpoint(tensors: Mapping[str, Tensor], config: Mapping[str, Any], fo
         "config.json": {**config, "dtype": str(_widest(tensor.dtype for tensor in tensors.values())).removeprefix("torch.")},
         "generation_config.json": {"bos_token_id": text["bos_token_id"], "eos_token_id": text["eos_token_id"]},
     }
-    _save(tensors, Path(folder), max_shard_size, documents)
+    _save(tensors, Path(folder), max_shard_size, documents, progress)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -136,10 +147,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return _widest(dtypes)
 
 
-def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one as it is, or a repository of the Hugging Face hub (`owner/name`), downloaded once and cached.
 
     Only weights in safetensors, JSON and tokenizer files are downloaded; pickles and code never.
+
+    Args:
+        weights: whether to download these too, 16.8 GB of the released model.
 
     Raises:
         ValueError: no such folder; the hub has no such repository or cannot be reached and the cache does not hold it.
@@ -155,18 +169,13 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str], revision: str | N
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
+    patterns = [pattern for pattern in HUB_PATTERNS if weights or pattern != "*.safetensors"]
     try:
-        return Path(huggingface_hub.snapshot_download(given, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=["*/*"]))
+        return Path(huggingface_hub.snapshot_download(given, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (OSError, HTTPError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         at = "" if revision is None else f" at revision {revision}"
         raise ValueError(f"{given}{at} is neither a folder here nor available from the Hugging Face hub: {reason}") from error
-
-
-def check_vocabulary(tokenizer_size: int, config: Idefics2Config) -> None:
-    """Raises ValueError where the tokenizer (added tokens included) can give ids that the embedding has no row for."""
-    if tokenizer_size > config.text.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer_size} tokens, the model's embedding only {config.text.vocab_size} rows")
 
 
 def read_eos_ids(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -359,7 +368,13 @@ def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def _save(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int, documents: Mapping[str, Mapping[str, Any]]) -> None:
+def _save(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    max_shard_size: int,
+    documents: Mapping[str, Mapping[str, Any]],
+    progress: Progress | None,
+) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, DTYPE_NAMES))}")
@@ -369,9 +384,13 @@ def _save(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int, docu
     aside = folder / ".saving"
     shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
     aside.mkdir(parents=True)
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
     try:
         for file, names in shards.items():
             _write_file(aside / file, {name: tensors[name] for name in names})
+            done += sum(tensors[name].nbytes for name in names)
+            if progress is not None:
+                progress(done, total)
         for file, document in documents.items():
             (aside / file).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
         _publish(aside, folder)

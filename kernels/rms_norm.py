@@ -18,7 +18,8 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same with the mean, and for half precision all the arithmetic, in fp32; rounded once."""
-    y = x * rstd(x, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * rstd(wide, eps)
     return (y * weight if torch.is_grad_enabled() else y.mul_(weight)).to(x.dtype)
 
 

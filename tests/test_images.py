@@ -321,8 +321,8 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"")
 
 
-def damaged(data: bytes) -> bytes:
-    return data[:1000] + bytes(10) + data[1010:]
+def damaged(data: bytes, at: int = 1000) -> bytes:
+    return data[:at] + bytes(4) + data[at + 4 :]
 
 
 def file(folder: Path, name: str, data: bytes) -> Path:
@@ -341,6 +341,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated bytes": (lambda _: encoded(photo())[:20000], "the file of 20000 bytes cannot be decoded: .*truncated"),
     "truncated PIL image": (lambda _: Image.open(io.BytesIO(encoded(photo())[:20000])), "the PIL image cannot be decoded: .*truncated"),
     "damaged png": (lambda _: damaged(encoded(photo(), "PNG")), "the file of .* bytes cannot be decoded: "),
+    "an error that is no OSError": (lambda _: damaged(encoded(photo(), "DDS"), 80), "cannot be decoded: Unknown pixel format"),
     "bomb": (lambda _: png_header(13400, 13300), r"13300x13400 pixels .* expected 1 to 178000000 in all \(max_pixels\)"),
     "larger bomb": (lambda _: png_header(30000, 30000), r"over Pillow's own limit .*900000000 pixels"),
     "float array": (lambda _: noise(50, 60) / 255, "the array is float64, expected uint8 with values 0 to 255"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.hf import Sample, engine_of, positions_of, sample, to_batch, to_hf, unpad
 
-from idefics2_fast import Batch, Idefics2, Idefics2Config, Segments, ops, vision
+from idefics2_fast import Batch, Idefics2, Idefics2Config, Segments, counters, ops, vision
 from idefics2_fast.benchmarks.local_checkpoint import random_model
 
 TINY = Idefics2Config.named("tiny")
@@ -257,3 +257,9 @@ def test_fresh_weights_are_fit_to_train():
         logits = model(to_batch([sample([(378, 392)], TINY)], TINY))
     assert logits.isfinite().all()
     assert 0.5 < logits.std() < 2
+
+
+def test_counters_stand_on_the_model(ours):
+    batch = to_batch([sample([(378, 392)], TINY)], TINY)
+    assert ours.forward_flops(batch) == counters.forward_flops(TINY, [len(batch.token_ids)], [27 * 28])
+    assert ours.decode_bytes(10) == counters.decode_bytes(TINY, 10, 4)

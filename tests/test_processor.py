@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,14 @@ def test_ids_become_text_again(processor: Processor) -> None:
     assert processor.decode([*ids, END], skip_special_tokens=False).endswith("<end_of_utterance>")
 
 
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    write_processor(tmp_path)
+    for rows, fits in ((END + 1, True), (END, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": rows}}))
+        with nullcontext() if fits else pytest.raises(ValueError, match=f"the tokenizer has {END + 1} tokens, .* only {END} rows"):
+            Processor.from_pretrained(tmp_path)
+
+
 def test_the_vocabulary_counts_the_added_tokens(processor: Processor) -> None:
     """An embedding of 32000 rows must be seen to be too small."""
     assert processor.vocab_size == END + 1
@@ -310,6 +319,15 @@ def test_a_chat_template_inside_the_tokenizers_file(copy: Path) -> None:
     assert documents(Processor.from_pretrained(copy).chat(CHATS[4])) == expected
 
 
+def test_tokens_that_a_tokenizer_lacks_are_added(copy: Path) -> None:
+    """Mistral's own tokenizer: the three tokens follow it in Hugging Face's order."""
+    edit(copy / "tokenizer.json", lambda config: config.update(added_tokens=[t for t in config["added_tokens"] if t["id"] < FAKE]))
+    edit(copy / "tokenizer_config.json", lambda config: config.pop("extra_special_tokens"))
+    assert_read_alike(copy)
+    tokenizer = Processor.from_pretrained(copy).tokenizer
+    assert tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>", "<end_of_utterance>"]) == [FAKE, IMAGE, END]
+
+
 def test_what_is_saved_loads_back_in_both(copy: Path, tmp_path: Path) -> None:
     edit(copy / "processor_config.json", change_settings)
     saved = tmp_path / "not" / "yet" / "there"
@@ -331,9 +349,15 @@ def write_config(folder: Path, **text_config: int) -> None:
 
 def test_a_models_config_gives_the_side_of_its_position_table(copy: Path) -> None:
     write_config(copy)
-    batch = Processor.from_pretrained(copy, position_ids="transformers-4.40")("<image>", photo())
-    expected = pack_images([photo()], positions_per_side=27, position_ids="transformers-4.40")
-    assert torch.equal(batch.patch_positions, expected.patch_positions)
+    batch = Processor.from_pretrained(copy)("<image>", photo())
+    assert torch.equal(batch.patch_positions, pack_images([photo()], positions_per_side=27).patch_positions)
+
+
+def test_the_formula_of_the_positions_can_be_chosen(folder: Path) -> None:
+    image = photo(0, 686, 812)  # 49 x 58 patches, where the formulas differ
+    batch = Processor.from_pretrained(folder, position_ids="transformers-4.40")("<image>", image)
+    assert torch.equal(batch.patch_positions, pack_images([image], position_ids="transformers-4.40").patch_positions)
+    assert not torch.equal(batch.patch_positions, pack_images([image]).patch_positions)
 
 
 def test_a_models_config_gives_the_longest_prompt(copy: Path) -> None:

@@ -1,0 +1,35 @@
+"""The README's Python examples run as they stand, on a tiny checkpoint instead of the hub's."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from idefics2_fast import Idefics2Config
+from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_examples_run(tmp_path, monkeypatch, capsys):
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(examples) >= 3
+    write_model(tmp_path / "model", Idefics2Config.named("tiny"))
+    write_processor(tmp_path / "model")
+    for name in ("photo.jpg", "a.png", "b.png"):
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (300, 400, 3), np.uint8)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(examples).replace('"HuggingFaceM4/idefics2-8b"', '"model"').replace('device="cuda"', 'device="cpu"')
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["out"].texts
+    assert scope["logits"].shape == (len(scope["batch"].token_ids), 32003)
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_the_two_commands_are_there(command):
+    assert command in README.read_text()
