@@ -1,0 +1,89 @@
+"""`python -m idefics2_fast.benchmarks`: runs suites, prints a table, keeps the results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from idefics2_fast.benchmarks.model import SUITES, Case, cases, load_setting
+from idefics2_fast.benchmarks.record import default_path, device_name, versions, write_records
+from idefics2_fast.benchmarks.report import case_table, records, verdicts
+from idefics2_fast.benchmarks.timing import Measurement, measure
+
+SETTINGS = {"tiny": (torch.float32,), "small": (torch.float32, torch.bfloat16)}
+
+EXAMPLES = """
+hf        transformers as it comes: one padded batch
+hf-tuned  transformers at its best: images one by one, no padding, no masks
+
+examples:
+  python -m idefics2_fast.benchmarks --quick
+  python -m idefics2_fast.benchmarks decode --model small
+  python -m idefics2_fast.benchmarks encode first_token --out results.jsonl
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 where a provider's output was wrong; 130 after Ctrl-C, which keeps what was measured."""
+    options = _parser().parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = options.out or (None if options.quick else default_path(device))
+    print(f"{device_name(device)}; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    held: list[bool] = []
+    status = 0
+    try:
+        for case, results in _measured(options, device):
+            print(f"\n{case_table(case, results)}", flush=True)
+            held += [holds for row in case.rows for holds in verdicts(row, results).values()]
+            if any(result.wrong for result in results.values()):
+                status = 1
+            if path is not None:
+                write_records(path, records(case, results, device))
+    except KeyboardInterrupt:
+        print("\nInterrupted. What stands above was measured.")
+        status = 130
+    print(f"\n{sum(held)} of {len(held)} required speeds hold." + (f" Results: {path}" if path else " Not kept: --out FILE keeps them."))
+    return status
+
+
+def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Case, dict[str, Measurement]]]:
+    effort = {"seconds": 4, "rounds": (3, 7)} if options.quick else {"seconds": 20, "rounds": (3, 25)}
+    for name in [options.model] if options.model else ["tiny"] if options.quick else list(SETTINGS):
+        for dtype in SETTINGS[name]:
+            setting = load_setting(name, dtype, device)
+            for suite in options.suites or SUITES:
+                for case in islice(cases(suite, setting), 1 if options.quick else None):
+                    yield case, measure(case.calls, case.check, device=device, title=f"{suite}, {setting.name}", **effort)
+
+
+def _suite(name: str) -> str:
+    if name not in SUITES:
+        raise argparse.ArgumentTypeError(f"no suite {name!r}: expected {', '.join(SUITES)}")
+    return name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m idefics2_fast.benchmarks",
+        description="Times this engine beside transformers, on the same random weights, in one run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suites", nargs="*", type=_suite, metavar="suite", help=f"{', '.join(SUITES)}; all of them where none is named")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the tiny model, the first case of each suite, few rounds: under two minutes on a quiet machine",
+    )
+    parser.add_argument("--model", choices=list(SETTINGS), help="this size alone")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to add to, by default results/<device>.jsonl in this package")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""The model's suites: image encoding, time to the first token, decoding. transformers and this engine side by side, on the same weights.
+
+A provider's output must come as near to the reference as numbers of its type allow: in fp32 within 2e-5 of the largest value, in half
+precision within 1.5 times transformers' own error. The reference is transformers in fp32, every image by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from idefics2_fast import Idefics2
+from idefics2_fast.benchmarks.providers import Chat, Engine, HuggingFace, HuggingFaceTuned, Provider, answer, load_providers, question
+from idefics2_fast.benchmarks.timing import Call, Watch
+from idefics2_fast.kernels.linear import needs_upcast
+from idefics2_fast.layers import Linear
+
+# (height, width) of mixed images after resizing, by the share of a padded batch that is image: at 0.40 phone screens, video frames and
+# thumbnails, upright and lying (the first four alone have that share too); at 0.75 large photographs and pages.
+MIXED_SIZES = {
+    0.40: ((980, 452), (551, 980), (480, 640), (378, 672), (452, 980), (980, 551), (640, 480), (504, 504)),
+    0.75: ((980, 980), (980, 735), (735, 980), (980, 653), (653, 980), (980, 784), (784, 980), (551, 980)),
+}
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+NEW_TOKENS = 65  # the first comes with the prefill
+LINEAR_LAYERS = "linear layers alone"
+PROMPT = (
+    "Two travellers met on a mountain road. One carried a lamp, the other a map, and neither would say where the road began. "
+    "They walked together until the evening. What did they find, and why did they turn back?"
+)
+
+
+def fill(sizes: Sequence[tuple[int, int]]) -> float:
+    """Real pixels of images over those of the batch that pads them to the greatest height and width."""
+    heights, widths = zip(*sizes, strict=True)
+    return sum(height * width for height, width in sizes) / (len(sizes) * max(heights) * max(widths))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of results: some phases of a case's calls.
+
+    Attributes:
+        name: of the case in the results.
+        phases: counted together.
+        steps: the time is divided by this.
+        needs: least speed of the engine against other providers.
+    """
+
+    name: str
+    phases: tuple[str, ...]
+    steps: int = 1
+    needs: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    suite: str
+    calls: Mapping[str, Call]
+    check: Callable[[str, Any], str]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model in some precision, held by every provider, and the reference for their outputs."""
+
+    name: str
+    hf: HuggingFace
+    tuned: HuggingFaceTuned
+    engine: Engine
+    reference: HuggingFaceTuned
+
+    @property
+    def providers(self) -> tuple[Provider, ...]:
+        return self.hf, self.tuned, self.engine
+
+
+def load_setting(size: str, dtype: torch.dtype, device: torch.device) -> Setting:
+    name = f"{size} {DTYPE_NAMES[dtype]}"
+    hf, tuned, engine = load_providers(size, dtype, device)
+    if dtype == torch.float32:
+        return Setting(name, hf, tuned, engine, reference=tuned)
+    exact = copy.deepcopy(hf)
+    exact.model.float()
+    return Setting(name, hf, tuned, engine, reference=HuggingFaceTuned(exact))
+
+
+def cases(suite: str, setting: Setting) -> Iterator[Case]:
+    """The cases of a suite for one model. Images in half precision only where the device multiplies it: elsewhere transformers takes
+    minutes for each call."""
+    model = setting.engine.model
+    if suite != "decode" and needs_upcast(model.device.type, model.dtype):
+        return
+    if suite == "encode":
+        yield from (encode_case(setting, share) for share in MIXED_SIZES)
+    elif suite == "first_token":
+        yield first_token_case(setting)
+    elif suite == "decode":
+        yield decode_case(setting)
+
+
+SUITES = ("encode", "first_token", "decode")
+
+
+def mixed_images(share: float) -> list[Image.Image]:
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in MIXED_SIZES[share]]
+
+
+def encode_case(setting: Setting, share: float) -> Case:
+    """Vision tower and connector, from preprocessed images."""
+    chats = [question("What is this?", [image]) for image in mixed_images(share)]
+
+    def call(provider: Provider) -> Call:
+        inputs = provider.process(chats)
+
+        def run(watch: Watch) -> Tensor:
+            watch.start("image encoding")
+            return provider.encode(inputs)
+
+        return run
+
+    needs = {"hf": 8.0, "hf-tuned": 1.0} if share == 0.40 else {"hf-tuned": 1.0}
+    row = Row(f"{setting.name}, 8 images, fill {share:.2f}", ("image encoding",), needs=needs)
+    check = _near(setting, lambda provider: provider.encode(provider.process(chats)))
+    return Case("encode", {provider.name: call(provider) for provider in setting.providers}, check, (row,))
+
+
+def first_token_case(setting: Setting) -> Case:
+    """Four prompts with one image each, to the logits of their first new tokens."""
+    chats = [question(PROMPT[: 60 + 20 * n], [image]) for n, image in enumerate(mixed_images(0.40)[:4])]
+
+    def call(provider: Provider) -> Call:
+        def run(watch: Watch) -> Tensor:
+            watch.start("image processing")
+            inputs = provider.process(chats)
+            watch.start("first token")
+            return provider.first_logits(inputs)
+
+        return run
+
+    name = f"{setting.name}, 4 prompts"
+    rows = (
+        Row(f"{name}, preprocessed images", ("first token",), needs={"hf": 5.0}),
+        Row(f"{name}, image processing included", ("image processing", "first token"), needs={"hf": 5.0}),
+    )
+    check = _near(setting, lambda provider: provider.first_logits(provider.process(chats)))
+    return Case("first_token", {provider.name: call(provider) for provider in setting.providers}, check, rows)
+
+
+def decode_case(setting: Setting) -> Case:
+    """One sequence, token by token, after its prefill."""
+    chats = [question(PROMPT)]
+
+    def call(provider: Provider) -> Call:
+        inputs = provider.process(chats)
+        return lambda watch: answer(provider, inputs, NEW_TOKENS, watch)[0]
+
+    calls = {provider.name: call(provider) for provider in setting.providers}
+    calls[LINEAR_LAYERS] = linear_layers(setting.engine.model, NEW_TOKENS - 1)
+    needs = {LINEAR_LAYERS: 0.85} if setting.name == "small fp32" else {"hf": 1.2}
+    row = Row(f"{setting.name}, 1 sequence, a token", ("decode",), steps=NEW_TOKENS - 1, needs=needs)
+    return Case("decode", calls, _likeliest(setting, chats), (row,))
+
+
+def linear_layers(model: Idefics2, tokens: int) -> Call:
+    """The products of the language model and its head on one token at a time, and nothing between them: a bound for decoding."""
+    layers = [layer for layer in (*model.text_model.modules(), model.lm_head) if isinstance(layer, Linear)]
+    inputs = {width: torch.randn(1, width, dtype=model.dtype, device=model.device) for width in {layer.in_features for layer in layers}}
+
+    def run(watch: Watch) -> None:
+        watch.start("decode")
+        for _ in range(tokens):
+            for layer in layers:
+                F.linear(inputs[layer.in_features], layer.weight, layer.bias)
+
+    return run
+
+
+def _near(setting: Setting, output: Callable[[Provider], Tensor]) -> Callable[[str, Tensor], str]:
+    """A check of tensors against the reference's."""
+
+    @cache
+    def expected() -> tuple[Tensor, float]:
+        values = output(setting.reference)
+        return values, _allowed(setting, values, lambda: output(setting.tuned))
+
+    @torch.inference_mode()
+    def check(name: str, actual: Tensor) -> str:
+        values, allowed = expected()
+        if actual.shape != values.shape:
+            return f"shape {list(actual.shape)}, expected {list(values.shape)}"
+        error = _error(actual, values)
+        return "" if error <= allowed else f"off by {error:.1e}, {allowed:.1e} is allowed"
+
+    return check
+
+
+def _likeliest(setting: Setting, chats: Sequence[Chat]) -> Callable[[str, list[int]], str]:
+    """A check of greedy tokens: none may be less likely, by the reference, than the likeliest by more than the errors of two logits."""
+    prompt = setting.tuned.process(chats)["input_ids"]
+
+    def logits(provider: HuggingFaceTuned, tokens: list[int]) -> Tensor:
+        ids = torch.cat([prompt, torch.tensor([tokens[:-1]], device=provider.device)], 1)
+        return provider.model(input_ids=ids).logits[0, -len(tokens) :]
+
+    @torch.inference_mode()
+    def check(name: str, tokens: list[int] | None) -> str:
+        if name == LINEAR_LAYERS:  # a bound, not an answer
+            return ""
+        if len(tokens) != NEW_TOKENS:
+            return f"{len(tokens)} tokens, expected {NEW_TOKENS}"
+        values = logits(setting.reference, tokens)
+        allowed = 2 * _allowed(setting, values, lambda: logits(setting.tuned, tokens))
+        chosen = values.gather(1, torch.tensor(tokens, device=values.device)[:, None])[:, 0]
+        gap = (values.amax(1) - chosen).max().item()
+        return "" if gap <= allowed else f"a token's logit is {gap:.1e} below the greatest, {allowed:.1e} is allowed"
+
+    return check
+
+
+def _allowed(setting: Setting, expected: Tensor, theirs: Callable[[], Tensor]) -> float:
+    """The greatest error that an output may have; `theirs` is transformers' in the setting's precision."""
+    if setting.reference is setting.tuned:
+        return 2e-5 * expected.abs().max().item()
+    return 1.5 * _error(theirs(), expected)
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return (actual.float() - expected).abs().max().item()

@@ -1,0 +1,398 @@
+"""The harness itself: what it records, whom it lets have a time, how it takes turns, and that the demo tells right from wrong."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from idefics2_fast.benchmarks import __main__ as command
+from idefics2_fast.benchmarks import demo, model, report, timing
+from idefics2_fast.benchmarks.model import LINEAR_LAYERS, MIXED_SIZES, Case, Row, fill
+from idefics2_fast.benchmarks.providers import answer, question
+from idefics2_fast.benchmarks.record import Record, read_records, write_records
+from idefics2_fast.benchmarks.timing import Measurement, PeakMemory, Watch, measure, quantiles
+from idefics2_fast.images import plan_crops
+
+CPU = torch.device("cpu")
+RECORD = Record(
+    suite="encode",
+    case="tiny fp32",
+    provider="hf",
+    metric="time",
+    unit="s",
+    value=1.5,
+    low=1.25,
+    high=2.0,
+    device="a card",
+    versions={"torch": "2.13.0"},
+    commit="abc",
+)
+
+
+# --- records ---
+
+
+def test_records_come_back_as_they_went(tmp_path):
+    wrong = replace(RECORD, provider="other", value=None, low=None, high=None, note="off by 1", pass_="backward")
+    write_records(tmp_path / "new" / "file.jsonl", [RECORD, wrong])
+    assert read_records(tmp_path / "new" / "file.jsonl") == [RECORD, wrong]
+
+
+def test_the_file_has_one_schema(tmp_path):
+    write_records(tmp_path / "file.jsonl", [RECORD])
+    fields = {"suite", "case", "provider", "pass", "metric", "value", "unit", "low", "high", "note", "device", "versions", "commit"}
+    assert set(json.loads((tmp_path / "file.jsonl").read_text())) == fields
+
+
+def test_a_newer_record_takes_the_place_of_the_same_case_alone(tmp_path):
+    path = tmp_path / "file.jsonl"
+    others = [
+        replace(RECORD, **change) for change in ({"provider": "x"}, {"metric": "x"}, {"device": "x"}, {"case": "x"}, {"pass_": "both"})
+    ]
+    write_records(path, [RECORD, *others])
+    newer = replace(RECORD, value=9.0, commit="def", versions={})
+    write_records(path, [newer])
+    assert read_records(path) == [newer, *others]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"suite": "encode"}', RECORD.to_json()[:-1] + ', "more": 1}'])
+def test_what_is_no_record_is_refused_by_its_line(tmp_path, line):
+    path = tmp_path / "file.jsonl"
+    path.write_text(f"{RECORD.to_json()}\n{line}\n")
+    with pytest.raises(ValueError, match=r"file\.jsonl, line 2: "):
+        read_records(path)
+
+
+# --- timing ---
+
+
+def test_quantiles():
+    assert quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
+    assert quantiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_a_watch_measures_phases_only(monkeypatch):
+    now = iter([1.0, 2.0, 10.0, 13.0, 100.0, 105.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    watch = Watch(CPU)
+    for phase in ("a", "b", "a"):
+        watch.start(phase)
+    watch.stop()
+    watch.stop()
+    assert watch.seconds == {"a": 6.0, "b": 3.0}
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Memory is not measured, which takes a full garbage collection for each provider."""
+    monkeypatch.setattr(PeakMemory, "available", lambda device: False)
+
+
+def turns(rounds, seconds=0.0, check=lambda name, output: ""):
+    """The order of calls, and the results, of three providers."""
+    order = []
+
+    def call(name):
+        def run(watch):
+            order.append(name)
+            watch.start("work")
+            return name
+
+        return run
+
+    return order, measure({name: call(name) for name in "abc"}, check, device=CPU, seconds=seconds, rounds=rounds)
+
+
+def test_providers_take_turns_after_a_first_pass(no_memory):
+    order, results = turns(rounds=(3, 3))
+    assert order == [*"abc"] * 4
+    assert [len(result.rounds) for result in results.values()] == [3, 3, 3]
+
+
+def test_rounds_follow_the_time_within_their_limits(no_memory):
+    assert len(turns(rounds=(2, 5), seconds=0.0)[0]) == 3 * (1 + 2)
+    assert len(turns(rounds=(2, 5), seconds=1e9)[0]) == 3 * (1 + 5)
+
+
+def test_a_wrong_provider_gets_no_time(no_memory):
+    order, results = turns(rounds=(2, 2), check=lambda name, output: "wrong as can be" if output == "b" else "")
+    assert order == [*"abc", *"ac", *"ac"]
+    assert results["b"] == Measurement(wrong="wrong as can be")
+    assert [len(results[name].rounds) for name in "ac"] == [2, 2]
+
+
+needs_proc = pytest.mark.skipif(not PeakMemory.available(CPU), reason="this system does not reset a process's peak memory")
+
+
+def peak_of(work):
+    memory = PeakMemory(CPU)
+    memory.reset()
+    work()
+    return memory.peak() / 2**20
+
+
+@needs_proc
+def test_peak_memory_is_that_of_the_call():
+    held = torch.ones(2**25)  # 128 MiB before the call do not count
+    assert 63 <= peak_of(lambda: torch.ones(2**24)) < 80  # the kernel's own count lags by some pages
+    assert peak_of(lambda: held.sum()) < 8
+
+
+@needs_proc
+def test_reused_memory_counts():
+    """Blocks under the C library's mapping threshold stay in the process when they are freed, and no new page would be seen."""
+    blocks = [bytearray(2**16) for _ in range(1024)]
+    keep = bytearray(2**16)  # at the heap's end, so that the library keeps what lies below
+    del blocks
+    assert peak_of(lambda: [bytearray(2**16) for _ in range(1024)]) >= 60
+    del keep
+
+
+def test_phases_are_told_apart_by_the_runs_of_the_language_model():
+    text_model = torch.nn.Identity()
+    phases = []
+    watch = SimpleNamespace(start=phases.append)
+
+    def generate(inputs, new_tokens):
+        phases.append("images")
+        for step in range(new_tokens):
+            text_model(torch.zeros(1))
+            phases.append(step)
+
+    answer(SimpleNamespace(text_model=text_model, generate=generate), None, 3, watch)
+    assert phases == ["image encoding", "images", "prefill", 0, "decode", 1, 2]
+    assert not text_model._forward_pre_hooks
+
+
+# --- reports ---
+
+ROW = Row("a case", ("x", "y"), steps=2, needs={"hf": 2.3, "hf-tuned": 1.1})
+
+
+def measured(*rounds):
+    return Measurement(rounds=[{"x": 0.25 * time, "y": 0.75 * time} for time in rounds], peaks={"x": 5, "y": 7_000_000})
+
+
+RESULTS = {"hf": measured(8.0, 12.0, 100.0), "hf-tuned": measured(3.0, 6.0, 20.0), "idefics2_fast": measured(4.0, 5.0, 20.0)}
+
+
+def test_speed_is_the_median_of_paired_rounds():
+    assert report.speed_up(ROW, RESULTS, "idefics2_fast", "hf") == [2.0, 2.4, 5.0]
+    assert report.verdicts(ROW, RESULTS) == {">= 2.3x hf": True, ">= 1.1x hf-tuned": False}
+
+
+def test_records_hold_times_memory_and_speed():
+    made = {(record.provider, record.metric): record for record in report.records(Case("suite", {}, None, (ROW,)), RESULTS, CPU)}
+    time = made["idefics2_fast", "time"]
+    assert (time.suite, time.case, time.value, time.unit) == ("suite", "a case", 2.5, "s")
+    assert (time.low, time.high) == pytest.approx((2.2, 7.0))
+    assert made["hf", "peak memory"].value == 7_000_000
+    assert made["idefics2_fast", "speed against hf-tuned"].value == pytest.approx(1.0)
+    assert len(made) == 3 + 3 + 2
+
+
+def test_no_time_no_speed_and_no_pass():
+    results = RESULTS | {"hf": Measurement(wrong="off by 1")}
+    case = Case("suite", {}, None, (ROW,))
+    made = [record for record in report.records(case, results, CPU) if "hf" in (record.provider, record.metric.split()[-1])]
+    assert [(record.metric, record.value, record.note) for record in made] == [("time", None, "off by 1")]
+    assert report.verdicts(ROW, results) == {">= 2.3x hf": False, ">= 1.1x hf-tuned": False}
+    assert "hf has no time: off by 1" in report.case_table(case, results)
+
+
+def test_tables_fit_a_terminal_of_120_columns():
+    results = RESULTS | {LINEAR_LAYERS: measured(1.0, 1.0, 1.0)}
+    assert max(map(len, report.case_table(Case("suite", {}, None, (ROW,)), results).splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("value", "text"), [(123.4, "123 s"), (1.0, "1.00 s"), (0.0456, "45.6 ms"), (7.89e-5, "78.9 us"), (5e-9, "5 ns")])
+def test_seconds(value, text):
+    assert report.seconds(value) == text
+
+
+# --- the model's suites ---
+
+
+@pytest.mark.parametrize("share", MIXED_SIZES)
+def test_the_committed_sizes_are_what_they_are_said_to_be(share):
+    sizes = MIXED_SIZES[share]
+    assert len(sizes) == 8
+    assert fill(sizes) == pytest.approx(share, abs=0.01)
+    for height, width in sizes:  # the processor leaves them as they are
+        (crop,) = plan_crops(height, width, split=False, shortest_edge=378, longest_edge=980)
+        assert crop.size == (height, width)
+    assert len(set(sizes)) == 8
+
+
+def test_the_first_token_is_measured_at_the_same_share():
+    assert fill(MIXED_SIZES[0.40][:4]) == pytest.approx(0.40, abs=0.01)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def setting(request):
+    return model.load_setting("tiny", getattr(torch, request.param), CPU)
+
+
+def two_questions():
+    return [
+        question("What is this?", [Image.linear_gradient("L").resize((378, 392))]),
+        question("And this?", [Image.new("RGB", (420, 378), "red")]),
+    ]
+
+
+@torch.inference_mode()
+def test_features_are_checked_against_the_reference(setting):
+    check = model._near(setting, lambda provider: provider.encode(provider.process(two_questions())))
+    outputs = {provider.name: provider.encode(provider.process(two_questions())) for provider in setting.providers}
+    assert {name: check(name, output) for name, output in outputs.items()} == dict.fromkeys(outputs, "")
+    right = outputs["idefics2_fast"]
+    assert "off by" in check("off", right * (1.001 if setting.reference is setting.tuned else 1.05))
+    assert "off by" in check("swapped", right.roll(64, 0))
+    assert "off by" in check("not a number", right * float("nan"))
+    assert "shape" in check("short", right[1:])
+
+
+@pytest.mark.parametrize("setting", ["float32"], indirect=True)
+@torch.inference_mode()
+def test_first_logits_of_all_providers_agree(setting):
+    check = model._near(setting, lambda provider: provider.first_logits(provider.process(two_questions())))
+    outputs = {provider.name: provider.first_logits(provider.process(two_questions())) for provider in setting.providers}
+    assert {name: check(name, output) for name, output in outputs.items()} == dict.fromkeys(outputs, "")
+    assert "off by" in check("swapped", outputs["hf"].flip(0))
+
+
+def test_tokens_are_checked_against_the_reference(setting, monkeypatch):
+    monkeypatch.setattr(model, "NEW_TOKENS", 6)
+    case = model.decode_case(setting)
+    watch = Watch(CPU)
+    tokens = {name: call(watch) for name, call in case.calls.items()}
+    assert {name: case.check(name, given) for name, given in tokens.items()} == dict.fromkeys(case.calls, "")
+    assert set(watch.seconds) == {"image encoding", "prefill", "decode"}
+    right = tokens["idefics2_fast"]
+    assert "below the greatest" in case.check("last", [*right[:-1], right[0]])
+    assert "below the greatest" in case.check("first", [right[1], *right[1:]])
+    assert "tokens, expected 6" in case.check("short", right[:-1])
+
+
+def test_the_bound_of_decoding_is_every_product_of_the_language_model(setting, monkeypatch):
+    products = []
+    monkeypatch.setattr(model.F, "linear", lambda x, weight, bias: products.append((x.shape[0], *weight.shape)))
+    model.linear_layers(setting.engine.model, 2)(Watch(CPU))
+    text = setting.engine.model.config.text
+    matrices = {name: value for name, value in setting.engine.model.hf_tensors().items() if "text_model.layers" in name and value.ndim == 2}
+    numel = sum(value.numel() for value in matrices.values()) + text.vocab_size * text.hidden_size
+    assert {rows for rows, _, _ in products} == {1}
+    assert sum(out * width for _, out, width in products) == 2 * numel
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def two_cases(monkeypatch, no_memory):
+    """Stands in for the suites: quick to run, the second case ended by Ctrl-C or with a wrong provider where a test asks for it."""
+    ending = {"second": lambda watch: watch.start("x")}
+
+    def cases(suite, setting):
+        for name in ("first", "second"):
+            call = ending["second"] if name == "second" else lambda watch: watch.start("x")
+            check = lambda name, output: output or ""  # noqa: E731
+            yield Case(
+                suite, {"hf": call, "idefics2_fast": lambda watch: watch.start("x")}, check, (Row(name, ("x",), needs={"hf": 1e-9}),)
+            )
+
+    monkeypatch.setattr(command, "cases", cases)
+    monkeypatch.setattr(command, "load_setting", lambda name, dtype, device: SimpleNamespace(name=name))
+    return ending
+
+
+def test_results_are_printed_and_kept(two_cases, tmp_path, capsys):
+    assert command.main(["encode", "--model", "tiny", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert {(record.suite, record.case) for record in read_records(tmp_path / "out.jsonl")} == {("encode", "first"), ("encode", "second")}
+    printed = capsys.readouterr().out
+    assert ">= 1e-09x hf: PASS" in printed
+    assert "2 of 2 required speeds hold" in printed
+
+
+def test_a_quick_run_takes_first_cases_and_keeps_nothing_unasked(two_cases, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "default_path", lambda device: tmp_path / "default.jsonl")
+    command.main(["encode", "--quick"])
+    assert not (tmp_path / "default.jsonl").exists()
+    assert "1 of 1 required" in capsys.readouterr().out
+    command.main(["encode", "--model", "tiny"])
+    assert len({record.case for record in read_records(tmp_path / "default.jsonl")}) == 2
+
+
+def test_ctrl_c_keeps_what_was_measured(two_cases, tmp_path, capsys):
+    def interrupt(watch):
+        raise KeyboardInterrupt
+
+    two_cases["second"] = interrupt
+    assert command.main(["encode", "--model", "tiny", "--out", str(tmp_path / "out.jsonl")]) == 130
+    assert {record.case for record in read_records(tmp_path / "out.jsonl")} == {"first"}
+    assert "1 of 1 required speeds hold" in capsys.readouterr().out
+
+
+def test_a_wrong_provider_is_reported_and_sets_the_exit_code(two_cases, tmp_path, capsys):
+    two_cases["second"] = lambda watch: "off by 1"
+    assert command.main(["encode", "--model", "tiny", "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert [record.value for record in read_records(tmp_path / "out.jsonl") if record.case == "second" and record.provider == "hf"] == [
+        None
+    ]
+    assert "1 of 2 required speeds hold" in capsys.readouterr().out
+
+
+def test_an_unknown_suite_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["enocde"])
+    assert "no suite 'enocde': expected encode, first_token, decode" in capsys.readouterr().err
+
+
+# --- the demo ---
+
+
+@pytest.mark.parametrize("name", demo.PLACES)
+def test_the_photographs_ship_in_the_packages(name):
+    with Image.open(demo.photograph(name)) as image:
+        assert min(image.size) >= 300
+
+
+def test_a_missing_photograph_ends_the_demo_in_one_line(monkeypatch):
+    monkeypatch.setitem(demo.PLACES, "china.jpg", ("no_such_package", "data"))
+    with pytest.raises(SystemExit, match=r"^The photograph china\.jpg ships in the package no_such_package, which is not installed: pip"):
+        demo.main()
+
+
+class Answering:
+    """A provider that gives fixed token ids, the number of the prompt first."""
+
+    def __init__(self, name, last):
+        self.name, self.last, self.text_model = name, last, torch.nn.Identity()
+        self.model = torch.nn.Linear(2, 2)
+        self.processor = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"answer\x1b {ids}")
+
+    def process(self, chats, split):
+        return len(chats)
+
+    def generate(self, inputs, new_tokens):
+        for _ in range(2):
+            self.text_model(torch.zeros(1))
+        return [[prompt, self.last] for prompt in range(inputs)]
+
+
+@pytest.mark.parametrize(("last", "code"), [(7, 0), (8, 1)])
+def test_the_demo_fails_where_token_ids_differ(monkeypatch, no_memory, capsys, last, code):
+    providers = [Answering("hf", 7), Answering("hf-tuned", 7), Answering("idefics2_fast", last)]
+    monkeypatch.setattr(demo, "load_providers", lambda size, dtype, device: providers)
+    assert demo.main() == code
+    printed = capsys.readouterr().out
+    prompts = sum(map(len, demo.BATCHES.values()))
+    assert printed.count("identical:") == (0 if code else prompts)
+    assert printed.count("DIFFERENT:") == (prompts if code else 0)
+    assert ("idefics2_fast gave other token ids than transformers." in printed) == bool(code)
+    assert ("All token ids are identical." in printed) == (not code)
+    assert max(map(len, printed.splitlines())) <= 120
+    assert "\x1b" not in printed
