@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from idefics2_fast.benchmarks.model import SUITES, Case, cases, load_setting
+from idefics2_fast.benchmarks.model import SUITES, Case, cases, left_out, load_setting
 from idefics2_fast.benchmarks.record import default_path, device_name, versions, write_records
 from idefics2_fast.benchmarks.report import case_table, records, verdicts
 from idefics2_fast.benchmarks.timing import Measurement, measure
@@ -57,6 +57,9 @@ def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[tup
         for dtype in SETTINGS[name]:
             setting = load_setting(name, dtype, device)
             for suite in options.suites or SUITES:
+                if reason := left_out(suite, setting):
+                    print(f"\n{suite}: {setting.name} is left out: {reason}")
+                    continue
                 for case in islice(cases(suite, setting), 1 if options.quick else None):
                     yield case, measure(case.calls, case.check, device=device, title=f"{suite}, {setting.name}", **effort)
 

@@ -58,7 +58,7 @@ def _records_of(row: Row, name: str, result: Measurement, common: Mapping[str, o
 
 def case_table(case: Case, results: Mapping[str, Measurement]) -> str:
     """The case's rows, a line for each provider."""
-    return "\n".join(_row_table(case.suite, row, results) for row in case.rows)
+    return "\n\n".join(_row_table(case.suite, row, results) for row in case.rows)
 
 
 def _row_table(suite: str, row: Row, results: Mapping[str, Measurement]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from idefics2_fast import ops
 from idefics2_fast.config import TextConfig
 from idefics2_fast.kernels.segments import Segments
-from idefics2_fast.language import Attend
+from idefics2_fast.language import Attend, rotary_table
 
 
 class KVCache:
@@ -40,6 +40,8 @@ class KVCache:
         self.capacities = torch.tensor(capacities, device=device)
         self.longest = max(regions)
         self.window, self.scale = config.sliding_window, config.head_dim**-0.5
+        positions = torch.arange(self.longest, device=device)
+        self.cos, self.sin = rotary_table(positions, config.head_dim, config.rope_theta, dtype)
 
     def prefill(self, documents: Segments) -> Attend:
         """Attention of whole documents, which become the cache's sequences."""
@@ -71,6 +73,11 @@ class KVCache:
             return ops.decode_attention(q, self.k[layer], self.v[layer], slots, window=self.window, scale=self.scale)
 
         return attend
+
+    def rotary(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary table of the next position of each of `sequences` (int64 [d])."""
+        positions = self.lengths.index_select(0, sequences).clamp_(max=self.longest - 1)
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
 
     def _write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         self.k[layer].index_copy_(0, rows, k)

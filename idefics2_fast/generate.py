@@ -82,6 +82,7 @@ def generate(
     sequences = _sequences(model, batch, max_new_tokens, seed, strings)
     cache = KVCache(model.config.text, [len(s.prompt) + s.limit for s in sequences], dtype=model.dtype, device=model.device)
     logits, active = prefill(model, batch, cache), list(range(len(sequences)))
+    rows = torch.tensor(active, device=model.device)
     while active:
         bans.apply(logits, [sequences[i] for i in active])
         chosen = _choose(logits, [sequences[i].draw for i in active], temperature, top_p)
@@ -93,22 +94,23 @@ def generate(
             break
         if model.device.type == "cpu" and len(running) < len(active):  # a captured graph keeps its shape; a CPU drops the finished
             chosen = torch.tensor([sequences[i].tokens[-1] for i in running])
-            active = running
-        logits = decode_step(model, cache, chosen, torch.tensor(active, device=model.device))
+            active, rows = running, torch.tensor(running)
+        logits = decode_step(model, cache, chosen, rows)
     texts = None if batch.tokenizer is None else [s.text.text for s in sequences]
     return Generation([s.tokens for s in sequences], texts, [s.finish for s in sequences])
 
 
 def prefill(model: Idefics2, batch: Batch, cache: KVCache) -> Tensor:
     """Logits [D, vocab] after each document, whose keys and values enter the cache."""
-    hidden = model.text_model(model.embed(batch), batch.positions, cache.prefill(batch.documents))
+    rotary = model.text_model.rotary(batch.positions, model.dtype)
+    hidden = model.text_model(model.embed(batch), rotary, cache.prefill(batch.documents))
     return model.logits(hidden.index_select(0, batch.document_offsets[1:].to(torch.int64) - 1))
 
 
 def decode_step(model: Idefics2, cache: KVCache, token_ids: Tensor, sequences: Tensor) -> Tensor:
     """Logits [d, vocab] after one more token (int64 [d]) of each of `sequences` (int64 [d])."""
-    positions = cache.lengths.index_select(0, sequences)
-    return model.logits(model.text_model(model.text_model.embed_tokens(token_ids), positions, cache.decode(sequences)))
+    rotary = cache.rotary(sequences)
+    return model.logits(model.text_model(model.text_model.embed_tokens(token_ids), rotary, cache.decode(sequences)))
 
 
 def _check(model: Idefics2, batch: Batch, max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -194,7 +196,8 @@ class _Bans:
         self.longer = [word for word in words if len(word) > 1]
 
     def apply(self, logits: Tensor, sequences: list[_Sequence]) -> None:
-        logits.index_fill_(1, self.always, float("-inf"))
+        if len(self.always):
+            logits.index_fill_(1, self.always, float("-inf"))
         for row, sequence in enumerate(sequences if self.longer else ()):
             for *start, last in self.longer:
                 if (sequence.prompt + sequence.tokens)[-len(start) :] == start:

@@ -43,8 +43,9 @@ class TextAttention(nn.Module):
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        qk, v = self.qkv_proj(x).unflatten(1, (-1, self.head_dim)).split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotate(qk, rotary).split((self.heads, self.kv_heads), dim=1)
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        qk, v = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = rotate(qk, rotary).split_with_sizes((self.heads, self.kv_heads), dim=1)
         return self.o_proj(attend(self.index, q, k, v).flatten(1))
 
 
@@ -69,14 +70,17 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(TextLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The rotary table of positions (int64 [T]); see `rotary_table`."""
+        return rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Hidden states [T, C] before the last norm, from embeddings [T, C], which are overwritten when no gradient is asked.
 
         Args:
-            positions: int64 [T], rotary positions.
+            rotary: cos and signed sin [T, 1, H] of the tokens' positions.
             attend: where keys and values come from; see `Attend`.
         """
-        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, attend)
         return x

@@ -93,7 +93,7 @@ class Idefics2(nn.Module):
             scale = text.head_dim**-0.5
             return ops.segment_attention(q, k, v, batch.documents, causal=True, window=text.sliding_window, scale=scale)
 
-        return self.text_model(self.embed(batch), batch.positions, attend)
+        return self.text_model(self.embed(batch), self.text_model.rotary(batch.positions, self.dtype), attend)
 
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings [T, C] with the image features in the placeholders' rows.

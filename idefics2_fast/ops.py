@@ -146,7 +146,7 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Tensor]]]] = {
 
 def choose(op: str, x: Tensor) -> str:
     """The name of the implementation that `op` takes for queries (or rows) like `x`."""
-    return _overrides.get(op) or _preferred(op, x.device.type, x.dtype, x.shape[-1])
+    return _overrides.get(op) or _preferred(op, "cpu" if x.is_cpu else x.device.type, x.dtype, x.shape[-1])
 
 
 @cache

@@ -305,6 +305,7 @@ def two_cases(monkeypatch, no_memory):
             )
 
     monkeypatch.setattr(command, "cases", cases)
+    monkeypatch.setattr(command, "left_out", lambda suite, setting: "it is odd" if suite == "decode" else "")
     monkeypatch.setattr(command, "load_setting", lambda name, dtype, device: SimpleNamespace(name=name))
     return ending
 
@@ -343,6 +344,13 @@ def test_a_wrong_provider_is_reported_and_sets_the_exit_code(two_cases, tmp_path
         None
     ]
     assert "1 of 2 required speeds hold" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_said(two_cases, capsys):
+    command.main(["decode", "--quick"])
+    printed = capsys.readouterr().out
+    assert "decode: tiny is left out: it is odd" in printed
+    assert "0 of 0 required" in printed
 
 
 def test_an_unknown_suite_is_refused(capsys):
