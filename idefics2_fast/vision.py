@@ -15,6 +15,11 @@ from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.layers import Embedding, Linear, add, by_rows
 
 
+# Patches that go through the tower together on a CPU without gradients. Activations of more than some 30 MB would be returned to the
+# system and faulted in anew by every operation; a few images are enough rows for the matrix products.
+PATCHES = 4096
+
+
 class PatchEmbedding(nn.Module):
     """Patches [P, 3 * 14 * 14] and their table rows [P] to embeddings [P, C]."""
 
@@ -94,7 +99,26 @@ class VisionTower(nn.Module):
             positions: int64 [P], rows of the position table.
             images: I segments over the P patches.
         """
+        if torch.is_grad_enabled() or patches.is_cuda:
+            return self._encode(patches, positions, images)
+        groups = by_total(images.lengths, PATCHES)
+        rows = [sum(lengths) for lengths in groups]
+        pieces = zip(patches.split(rows), positions.split(rows), groups, strict=True)
+        return torch.cat([self._encode(p, at, Segments.of_lengths(lengths)) for p, at, lengths in pieces])
+
+    def _encode(self, patches: Tensor, positions: Tensor, images: Segments) -> Tensor:
         x = self.embeddings(patches, positions)
         for layer in self.layers:
             x = layer(x, images)
         return self.post_layernorm(x)
+
+
+def by_total(lengths: list[int], most: int) -> list[list[int]]:
+    """Neighbours in groups whose sum is at most `most`; what is longer stands alone."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        if groups and sum(groups[-1]) + length <= most:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return groups

@@ -263,3 +263,12 @@ def test_counters_stand_on_the_model(ours):
     batch = to_batch([sample([(378, 392)], TINY)], TINY)
     assert ours.forward_flops(batch) == counters.forward_flops(TINY, [len(batch.token_ids)], [27 * 28])
     assert ours.decode_bytes(10) == counters.decode_bytes(TINY, 10, 4)
+
+
+def test_images_go_through_the_tower_in_groups(ours, monkeypatch):
+    assert vision.by_total([3, 4, 9, 1, 1, 8], 8) == [[3, 4], [9], [1, 1], [8]]
+    batch = to_batch(samples_of(CASES["a batch of all"]), TINY)
+    with torch.no_grad():
+        together = ours(batch)
+        monkeypatch.setattr(vision, "PATCHES", 1)
+        assert relative(ours(batch), together) <= 1e-6
