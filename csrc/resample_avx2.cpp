@@ -1,0 +1,257 @@
+// The inner loops with AVX2. The target is set function by function: a header's inline functions compiled for AVX2 here could become the
+// program's only copy of them, and stop a CPU without it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "resample.hpp"
+
+#define AVX2 __attribute__((target("avx2")))
+
+namespace idefics2 {
+namespace {
+
+constexpr int kPixelsPerLoad = 4;    // of the 16 bytes that a load takes, RGB uses 12
+constexpr int kOutputsPerStore = 4;  // and a store's 16 bytes hold 12
+constexpr int64_t kLow = 0xff;
+constexpr char z = static_cast<char>(0x80);  // a shuffle's zero
+
+// Two neighbouring weights as _mm256_madd_epi16 takes them: 16 bits each, the first one low. 22 bits do not fit, so there are two of these,
+// the weights' upper 14 bits and their lower 8.
+int32_t word_pair(int64_t first, int64_t second) { return static_cast<int32_t>(first | second << 16); }
+
+// Running sums of eight outputs.
+struct Sums {
+    __m256i upper, lower;
+};
+
+AVX2 inline void add(Sums& sums, __m256i word_pairs, __m256i upper, __m256i lower) {
+    sums.upper = _mm256_add_epi32(sums.upper, _mm256_madd_epi16(word_pairs, upper));
+    sums.lower = _mm256_add_epi32(sums.lower, _mm256_madd_epi16(word_pairs, lower));
+}
+
+AVX2 inline Sums no_sums() { return {_mm256_setzero_si256(), _mm256_set1_epi32(1 << (kWeightBits - 1))}; }
+
+// The values, not yet cut to a byte: the packing instructions do that.
+AVX2 inline __m256i values(const Sums& sums) {
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_slli_epi32(sums.upper, 8), sums.lower), kWeightBits);
+}
+
+// Outputs first .. last - 1 of a row, four at a time; past the last, it is made again.
+struct Stretch {
+    int64_t pairs;                 // of taps, the same for all
+    int64_t step;                  // from a load to the next, in bytes
+    std::vector<int64_t> offsets;  // of each output's first load, in bytes
+    std::vector<int32_t> weights;  // of each output and each pair: upper, lower
+    __m128i near, far;             // the first two and the last two pixels of a load, as pairs of 16-bit words for R, G, B
+};
+
+class Horizontal final : public HorizontalPass {
+public:
+    // Near the row's end a load must not begin at the window's first pixel: it would pass the end. There the windows begin earlier, and
+    // RGB is taken from the last 12 bytes of a load and not from its first 12.
+    Horizontal(const Taps& taps, int channels) {
+        const int64_t outputs = taps.outputs(), last_load = (pairs_of(taps, 0, outputs) - 1) / 2 * kPixelsPerLoad;
+        int64_t safe = 0;
+        while (safe < outputs && (taps.first[safe] + last_load) * channels + 16 <= taps.input * channels) ++safe;
+        safe -= safe % kOutputsPerStore;
+        stretches_[0] = stretch(taps, channels, 0, safe, pairs_of(taps, 0, safe), false);
+        const int64_t pairs = (pairs_of(taps, safe, outputs) + 1) / 2 * 2;
+        stretches_[1] = stretch(taps, channels, safe, outputs, pairs, true);
+    }
+
+    // A row too short for the loads of one window is left to the scalar loops.
+    static bool takes(const Taps& taps) { return taps.input >= (taps.most() + 3) / 4 * 4 + 2; }
+
+    AVX2 void run(const uint8_t* const* in, uint8_t* const* out) const override {
+        uint8_t* to[kBlock] = {out[0], out[1], out[2], out[3]};
+        for (const Stretch& stretch : stretches_) run_stretch(stretch, in, to);
+    }
+
+private:
+    static int64_t pairs_of(const Taps& taps, int64_t first, int64_t last) {
+        int64_t pairs = 1;
+        for (int64_t output = first; output < last; ++output) pairs = std::max(pairs, (taps.count(output) + 1) / 2);
+        return pairs;
+    }
+
+    static Stretch stretch(const Taps& taps, int channels, int64_t first, int64_t last, int64_t pairs, bool at_end) {
+        Stretch made{pairs, kPixelsPerLoad * channels, {}, {}, _mm_setzero_si128(), _mm_setzero_si128()};
+        const int64_t skipped = at_end ? 16 - kPixelsPerLoad * channels : 0;
+        const auto mask = [&](int64_t pixel) {
+            const auto at = [&](int64_t x, int64_t c) { return static_cast<char>(skipped + (pixel + x) * channels + c); };
+            return _mm_setr_epi8(at(0, 0), z, at(1, 0), z, at(0, 1), z, at(1, 1), z, at(0, 2), z, at(1, 2), z, z, z, z, z);
+        };
+        made.near = mask(0);
+        made.far = mask(2);
+        const int64_t padded_last = first + (last - first + kOutputsPerStore - 1) / kOutputsPerStore * kOutputsPerStore;
+        for (int64_t i = first; i < padded_last; ++i) {
+            const int64_t output = std::min(i, last - 1);
+            const int64_t start = at_end ? std::min(taps.first[output], taps.input - 2 * pairs) : taps.first[output];
+            made.offsets.push_back(start * channels - skipped);
+            const auto weight = [&](int64_t tap) -> int64_t {
+                tap -= taps.first[output] - start;
+                return 0 <= tap && tap < taps.count(output) ? taps.of(output)[tap] : 0;
+            };
+            for (int64_t tap = 0; tap < 2 * pairs; tap += 2) {
+                made.weights.push_back(word_pair(weight(tap) >> 8, weight(tap + 1) >> 8));
+                made.weights.push_back(word_pair(weight(tap) & kLow, weight(tap + 1) & kLow));
+            }
+        }
+        return made;
+    }
+
+    AVX2 static __m256i load(const uint8_t* first, const uint8_t* second) {
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(second)), 1);
+    }
+
+    AVX2 static void run_stretch(const Stretch& stretch, const uint8_t* const* in, uint8_t** out) {
+        const __m256i near = _mm256_broadcastsi128_si256(stretch.near), far = _mm256_broadcastsi128_si256(stretch.far);
+        const __m256i close_up = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, z, z, z, z));
+        const int32_t* weights = stretch.weights.data();
+        for (size_t output = 0; output < stretch.offsets.size(); output += kOutputsPerStore) {
+            __m256i top[kOutputsPerStore], bottom[kOutputsPerStore];  // rows 0 and 1, rows 2 and 3
+            for (int i = 0; i < kOutputsPerStore; ++i) {
+                int64_t at = stretch.offsets[output + i];
+                Sums upper_rows = no_sums(), lower_rows = no_sums();
+                for (int64_t pair = 0; pair < stretch.pairs; pair += 2, at += stretch.step) {
+                    const __m256i a = load(in[0] + at, in[1] + at), b = load(in[2] + at, in[3] + at);
+                    const __m256i near_upper = _mm256_set1_epi32(weights[0]), near_lower = _mm256_set1_epi32(weights[1]);
+                    add(upper_rows, _mm256_shuffle_epi8(a, near), near_upper, near_lower);
+                    add(lower_rows, _mm256_shuffle_epi8(b, near), near_upper, near_lower);
+                    weights += 2;
+                    if (pair + 1 == stretch.pairs) break;
+                    const __m256i far_upper = _mm256_set1_epi32(weights[0]), far_lower = _mm256_set1_epi32(weights[1]);
+                    add(upper_rows, _mm256_shuffle_epi8(a, far), far_upper, far_lower);
+                    add(lower_rows, _mm256_shuffle_epi8(b, far), far_upper, far_lower);
+                    weights += 2;
+                }
+                top[i] = values(upper_rows);
+                bottom[i] = values(lower_rows);
+            }
+            store(top, close_up, out[0], out[1]);
+            store(bottom, close_up, out[2], out[3]);
+            for (int row = 0; row < kBlock; ++row) out[row] += 3 * kOutputsPerStore;
+        }
+    }
+
+    // Four outputs of two rows, a row to a half: 12 bytes and 4 more that the next store goes over.
+    AVX2 static void store(const __m256i* outputs, __m256i close_up, uint8_t* first, uint8_t* second) {
+        const __m256i left = _mm256_packus_epi32(outputs[0], outputs[1]), right = _mm256_packus_epi32(outputs[2], outputs[3]);
+        const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(left, right), close_up);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(bytes));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(bytes, 1));
+    }
+
+    Stretch stretches_[2];
+};
+
+class Vertical final : public VerticalPass {
+public:
+    static constexpr int64_t kBytes = 32;
+
+    explicit Vertical(const Taps& taps) : taps_(taps), plain_(scalar_kernels.vertical(taps)) {
+        for (int64_t output = 0; output < taps.outputs(); ++output) {
+            begins_.push_back(static_cast<int64_t>(weights_.size()));
+            const auto weight = [&](int64_t tap) -> int64_t { return tap < taps.count(output) ? taps.of(output)[tap] : 0; };
+            for (int64_t tap = 0; tap < taps.count(output); tap += 2) {
+                weights_.push_back(word_pair(weight(tap) >> 8, weight(tap + 1) >> 8));
+                weights_.push_back(word_pair(weight(tap) & kLow, weight(tap + 1) & kLow));
+            }
+        }
+    }
+
+    AVX2 void run(int64_t output, const uint8_t* const* in, int64_t bytes, uint8_t* out) const override {
+        if (bytes < kBytes) return plain_->run(output, in, bytes, out);
+        const int32_t* weights = weights_.data() + begins_[output];
+        const int64_t taps = taps_.count(output);
+        for (int64_t at = 0; at + kBytes <= bytes; at += kBytes) run_bytes(weights, taps, in, at, out + at);
+        if (bytes % kBytes) run_bytes(weights, taps, in, bytes - kBytes, out + bytes - kBytes);
+    }
+
+private:
+    AVX2 static void run_bytes(const int32_t* weights, int64_t taps, const uint8_t* const* in, int64_t at, uint8_t* out) {
+        const __m256i zero = _mm256_setzero_si256();
+        Sums sums[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
+        for (int64_t tap = 0; tap < taps; tap += 2) {
+            const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in[tap] + at));
+            const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in[tap + 1] + at));
+            const __m256i upper = _mm256_set1_epi32(weights[tap]), lower = _mm256_set1_epi32(weights[tap + 1]);
+            const __m256i left = _mm256_unpacklo_epi8(a, b), right = _mm256_unpackhi_epi8(a, b);
+            add(sums[0], _mm256_unpacklo_epi8(left, zero), upper, lower);
+            add(sums[1], _mm256_unpackhi_epi8(left, zero), upper, lower);
+            add(sums[2], _mm256_unpacklo_epi8(right, zero), upper, lower);
+            add(sums[3], _mm256_unpackhi_epi8(right, zero), upper, lower);
+        }
+        const __m256i left = _mm256_packus_epi32(values(sums[0]), values(sums[1]));
+        const __m256i right = _mm256_packus_epi32(values(sums[2]), values(sums[3]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_packus_epi16(left, right));
+    }
+
+    const Taps& taps_;
+    const std::unique_ptr<VerticalPass> plain_;  // for rows shorter than a vector
+    std::vector<int64_t> begins_;
+    std::vector<int32_t> weights_;
+};
+
+// Takes a channel's 14 bytes out of the 14 pixels in `Loads` loads, of which each begins where the table says.
+template <int channels, int loads>
+struct Deinterleave {
+    int64_t starts[loads];
+    __m128i masks[3][loads];
+
+    AVX2 Deinterleave() {
+        for (int i = 0; i < loads; ++i) starts[i] = std::min<int64_t>(16 * i, 14 * channels - 16);
+        for (int c = 0; c < 3; ++c)
+            for (int i = 0; i < loads; ++i) {
+                char mask[16];
+                std::fill(mask, mask + 16, z);
+                for (int64_t x = 0; x < 14; ++x) {
+                    const int64_t byte = x * channels + c;
+                    if (byte / 16 == i) mask[x] = static_cast<char>(byte - starts[i]);
+                }
+                masks[c][i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+            }
+    }
+
+    AVX2 void cut(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride) const {
+        for (int64_t column = 0; column < columns; ++column, row += 14 * channels, out += patch_stride) {
+            __m128i bytes[loads];
+            for (int i = 0; i < loads; ++i) bytes[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + starts[i]));
+            for (int c = 0; c < 3; ++c) {
+                __m128i plane = _mm_shuffle_epi8(bytes[0], masks[c][0]);
+                for (int i = 1; i < loads; ++i) plane = _mm_or_si128(plane, _mm_shuffle_epi8(bytes[i], masks[c][i]));
+                // Two overlapping halves: exactly 14 bytes are written, for the neighbours belong to others.
+                _mm_storel_epi64(reinterpret_cast<__m128i*>(out + c * plane_stride), plane);
+                _mm_storel_epi64(reinterpret_cast<__m128i*>(out + c * plane_stride + 6), _mm_srli_si128(plane, 6));
+            }
+        }
+    }
+};
+
+AVX2 void cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride) {
+    if (channels == 3) {
+        static const Deinterleave<3, 3> rgb;
+        return rgb.cut(row, columns, out, patch_stride, plane_stride);
+    }
+    static const Deinterleave<4, 4> rgbx;
+    rgbx.cut(row, columns, out, patch_stride, plane_stride);
+}
+
+}  // namespace
+
+const Kernels avx2_kernels{
+    "avx2",
+    [] { return static_cast<bool>(__builtin_cpu_supports("avx2")); },
+    [](const Taps& taps, int channels) -> std::unique_ptr<HorizontalPass> {
+        if (!Horizontal::takes(taps)) return scalar_kernels.horizontal(taps, channels);
+        return std::make_unique<Horizontal>(taps, channels);
+    },
+    [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<Vertical>(taps); },
+    cut,
+};
+
+}  // namespace idefics2
+#endif
