@@ -46,39 +46,28 @@ std::vector<Band> bands(const std::vector<int64_t>& rows, int threads) {
     return all;
 }
 
-template <class Value>
-void look_up(const uint8_t* bytes, int64_t count, const uint8_t* table, uint8_t* out) {
-    for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * sizeof(Value), table + bytes[i] * sizeof(Value), sizeof(Value));
+// Hugging Face's steps: x / 255 in double, rounded to float, minus 0.5, over 0.5.
+float normalised(int byte) { return (static_cast<float>(byte * (1 / 255.0)) - 0.5f) / 0.5f; }
+
+uint32_t bits(float value) {
+    uint32_t as_integer;
+    std::memcpy(&as_integer, &value, sizeof value);
+    return as_integer;
 }
 
-void look_up(const uint8_t* bytes, int64_t count, const PatchBuffer& buffer, uint8_t* out) {
-    if (buffer.value_bytes == 4) return look_up<uint32_t>(bytes, count, buffer.table, out);
-    if (buffer.value_bytes == 2) return look_up<uint16_t>(bytes, count, buffer.table, out);
-    look_up<uint8_t>(bytes, count, buffer.table, out);
-}
+// Rounded to the nearest, ties to even.
+uint16_t bfloat16(float value) { return static_cast<uint16_t>((bits(value) + 0x7fff + (bits(value) >> 16 & 1)) >> 16); }
 
-// One row of pixels into its row of patches, the first of which is `first`.
-class PatchWriter {
-public:
-    PatchWriter(const PatchBuffer& buffer, int64_t first, int64_t columns, CutRow cut)
-        : buffer_(buffer), first_(first), columns_(columns), cut_(cut), bytes_(buffer.table ? columns * 3 * kPatchSide : 0) {}
-
-    void operator()(int64_t y, const uint8_t* row, int channels) {
-        const int64_t plane = kPatchSide * kPatchSide * buffer_.value_bytes, patch = 3 * plane;
-        uint8_t* out = buffer_.data + (first_ + y / kPatchSide * columns_) * patch + y % kPatchSide * kPatchSide * buffer_.value_bytes;
-        if (!buffer_.table) return cut_(row, channels, columns_, out, patch, plane);
-        cut_(row, channels, columns_, bytes_.data(), 3 * kPatchSide, kPatchSide);
-        for (int64_t column = 0; column < columns_; ++column)
-            for (int c = 0; c < 3; ++c)
-                look_up(bytes_.data() + (3 * column + c) * kPatchSide, kPatchSide, buffer_, out + column * patch + c * plane);
+bool is_normalised(const uint8_t* table, int64_t value_bytes) {
+    if (!table || value_bytes == 1) return false;
+    for (int byte = 0; byte < 256; ++byte) {
+        const uint32_t wide = bits(normalised(byte));
+        const uint16_t narrow = bfloat16(normalised(byte));
+        const void* expected = value_bytes == 4 ? static_cast<const void*>(&wide) : &narrow;
+        if (std::memcmp(table + byte * value_bytes, expected, value_bytes) != 0) return false;
     }
-
-private:
-    const PatchBuffer& buffer_;
-    const int64_t first_, columns_;
-    const CutRow cut_;
-    std::vector<uint8_t> bytes_;
-};
+    return true;
+}
 
 }  // namespace
 
@@ -102,11 +91,17 @@ void pack_patches(const Source& source, const std::vector<Crop>& crops, const Pa
         const Size needed{grids[i].height * kPatchSide, grids[i].width * kPatchSide};
         resamplers[i] = std::make_unique<Resampler>(crops[i].box.size, crops[i].size, needed, source.channels, order, with);
     });
+    const Values values{out.value_bytes, out.table, is_normalised(out.table, out.value_bytes)};
+    const int64_t plane = kPatchSide * kPatchSide * values.bytes, patch = 3 * plane;
     const std::vector<Band> all = bands(rows, threads);
     parallel_for(static_cast<int64_t>(all.size()), threads, [&](int64_t i) {
         const Band& band = all[i];
-        PatchWriter writer(out, firsts[band.crop], grids[band.crop].width, with.cut);
-        resamplers[band.crop]->run(source.crop(crops[band.crop].box), band.first * kPatchSide, band.last * kPatchSide, std::ref(writer));
+        const int64_t columns = grids[band.crop].width;
+        const auto write = [&](int64_t y, const uint8_t* row, int channels) {
+            uint8_t* to = out.data + (firsts[band.crop] + y / kPatchSide * columns) * patch + y % kPatchSide * kPatchSide * values.bytes;
+            with.cut(row, channels, columns, to, patch, plane, values);
+        };
+        resamplers[band.crop]->run(source.crop(crops[band.crop].box), band.first * kPatchSide, band.last * kPatchSide, write);
     });
 }
 

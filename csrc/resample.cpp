@@ -5,6 +5,7 @@
 #include <cassert>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 namespace idefics2 {
@@ -66,11 +67,22 @@ private:
     const Taps& taps_;
 };
 
-void scalar_cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride) {
-    constexpr int64_t kSide = 14;
+template <class Value>
+void scalar_cut_as(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
+                   const uint8_t* table) {
+    constexpr int64_t kSide = 14, kBytes = sizeof(Value);
     for (int64_t column = 0; column < columns; ++column, row += kSide * channels, out += patch_stride)
-        for (int64_t x = 0; x < kSide; ++x)
-            for (int c = 0; c < 3; ++c) out[c * plane_stride + x] = row[x * channels + c];
+        for (int c = 0; c < 3; ++c)
+            for (int64_t x = 0; x < kSide; ++x) {
+                const uint8_t* byte = row + x * channels + c;
+                std::memcpy(out + c * plane_stride + x * kBytes, table ? table + *byte * kBytes : byte, kBytes);
+            }
+}
+
+void scalar_cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
+                const Values& values) {
+    const auto cut_as = values.bytes == 4 ? scalar_cut_as<uint32_t> : values.bytes == 2 ? scalar_cut_as<uint16_t> : scalar_cut_as<uint8_t>;
+    cut_as(row, channels, columns, out, patch_stride, plane_stride, values.table);
 }
 
 std::vector<const Kernels*> best_first() {

@@ -68,8 +68,17 @@ public:
     virtual void run(int64_t output, const uint8_t* const* in, int64_t bytes, uint8_t* out) const = 0;
 };
 
-// The first 14 * columns pixels of a row into patches: byte x of channel c of patch p goes to out[p * patch_stride + c * plane_stride + x].
-using CutRow = void (*)(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride);
+// What becomes of a byte: itself where there is no table, else entry `byte` of a table of 256 values of 1, 2 or 4 bytes.
+struct Values {
+    int64_t bytes;
+    const uint8_t* table;
+    bool normalised;  // the table is Hugging Face's normalisation in float32 or bfloat16, which can be computed instead
+};
+
+// The first 14 * columns pixels of a row into patches: value x of channel c of patch p begins at out[p * patch_stride + c * plane_stride +
+// x * values.bytes]. No other byte is written.
+using CutRow = void (*)(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
+                        const Values& values);
 
 // One implementation of all inner loops. All give the same bits. The taps must outlive the passes.
 struct Kernels {

@@ -4,10 +4,11 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "resample.hpp"
 
-#define AVX2 __attribute__((target("avx2")))
+#define AVX2 __attribute__((target("avx2,fma")))
 
 namespace idefics2 {
 namespace {
@@ -196,55 +197,101 @@ private:
     std::vector<int32_t> weights_;
 };
 
-// Takes a channel's 14 bytes out of the 14 pixels in `Loads` loads, of which each begins where the table says.
-template <int channels, int loads>
-struct Deinterleave {
-    int64_t starts[loads];
-    __m128i masks[3][loads];
-
-    AVX2 Deinterleave() {
-        for (int i = 0; i < loads; ++i) starts[i] = std::min<int64_t>(16 * i, 14 * channels - 16);
-        for (int c = 0; c < 3; ++c)
-            for (int i = 0; i < loads; ++i) {
-                char mask[16];
-                std::fill(mask, mask + 16, z);
-                for (int64_t x = 0; x < 14; ++x) {
-                    const int64_t byte = x * channels + c;
-                    if (byte / 16 == i) mask[x] = static_cast<char>(byte - starts[i]);
-                }
-                masks[c][i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
-            }
-    }
-
-    AVX2 void cut(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride) const {
-        for (int64_t column = 0; column < columns; ++column, row += 14 * channels, out += patch_stride) {
-            __m128i bytes[loads];
-            for (int i = 0; i < loads; ++i) bytes[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + starts[i]));
-            for (int c = 0; c < 3; ++c) {
-                __m128i plane = _mm_shuffle_epi8(bytes[0], masks[c][0]);
-                for (int i = 1; i < loads; ++i) plane = _mm_or_si128(plane, _mm_shuffle_epi8(bytes[i], masks[c][i]));
-                // Two overlapping halves: exactly 14 bytes are written, for the neighbours belong to others.
-                _mm_storel_epi64(reinterpret_cast<__m128i*>(out + c * plane_stride), plane);
-                _mm_storel_epi64(reinterpret_cast<__m128i*>(out + c * plane_stride + 6), _mm_srli_si128(plane, 6));
-            }
-        }
+// The writers take 16 bytes, of which 14 are a channel's, and write exactly 14 values, for the neighbours belong to others: two
+// overlapping halves, bytes 0 .. 7 and 6 .. 13.
+struct WriteBytes {
+    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), plane);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 6), _mm_srli_si128(plane, 6));
     }
 };
 
-AVX2 void cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride) {
-    if (channels == 3) {
-        static const Deinterleave<3, 3> rgb;
-        return rgb.cut(row, columns, out, patch_stride, plane_stride);
+// x * 2 / 255 - 1 with 2 / 255 in two floats: for each of the 256 bytes this rounds to Hugging Face's value.
+AVX2 inline __m256 normalised(__m128i eight_bytes) {
+    constexpr float kUpper = static_cast<float>(2 / 255.0), kLower = static_cast<float>(2 / 255.0 - kUpper);
+    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight_bytes));
+    const __m256 scaled = _mm256_fmadd_ps(x, _mm256_set1_ps(kUpper), _mm256_mul_ps(x, _mm256_set1_ps(kLower)));
+    return _mm256_sub_ps(scaled, _mm256_set1_ps(1.0f));
+}
+
+struct WriteFloats {
+    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(out), normalised(plane));
+        _mm256_storeu_ps(reinterpret_cast<float*>(out + 6 * sizeof(float)), normalised(_mm_srli_si128(plane, 6)));
     }
-    static const Deinterleave<4, 4> rgbx;
-    rgbx.cut(row, columns, out, patch_stride, plane_stride);
+};
+
+struct WriteBfloats {
+    AVX2 static __m256i rounded(__m256 values) {
+        const __m256i bits = _mm256_castps_si256(values);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+    }
+
+    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
+        const __m256i mixed = _mm256_packus_epi32(rounded(normalised(plane)), rounded(normalised(_mm_srli_si128(plane, 6))));
+        const __m256i halves = _mm256_permute4x64_epi64(mixed, 0b11011000);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(halves));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 6 * 2), _mm256_extracti128_si256(halves, 1));
+    }
+};
+
+template <class Value>
+struct WriteFromTable {
+    AVX2 static void write(__m128i plane, uint8_t* out, const Values& values) {
+        uint8_t bytes[16];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), plane);
+        for (int x = 0; x < 14; ++x) std::memcpy(out + x * sizeof(Value), values.table + bytes[x] * sizeof(Value), sizeof(Value));
+    }
+};
+
+// Takes the channels' 14 bytes each out of 14 pixels, which fill `channels` loads: the last one overlaps, so that none passes the end.
+template <int channels, class Writer>
+AVX2 void cut_as(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values) {
+    int64_t starts[channels];
+    __m128i masks[3][channels];
+    for (int i = 0; i < channels; ++i) {
+        starts[i] = std::min(16 * i, 14 * channels - 16);
+        for (int c = 0; c < 3; ++c) {
+            char mask[16];
+            for (int x = 0; x < 16; ++x) {
+                const int byte = x * channels + c;
+                mask[x] = x < 14 && byte / 16 == i ? static_cast<char>(byte - starts[i]) : z;
+            }
+            masks[c][i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+        }
+    }
+    for (int64_t column = 0; column < columns; ++column, row += 14 * channels, out += patch_stride) {
+        __m128i loads[channels];
+        for (int i = 0; i < channels; ++i) loads[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + starts[i]));
+        for (int c = 0; c < 3; ++c) {
+            __m128i plane = _mm_shuffle_epi8(loads[0], masks[c][0]);
+            for (int i = 1; i < channels; ++i) plane = _mm_or_si128(plane, _mm_shuffle_epi8(loads[i], masks[c][i]));
+            Writer::write(plane, out + c * plane_stride, values);
+        }
+    }
+}
+
+using Cut = void (*)(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values);
+
+template <int channels>
+Cut cut_for(const Values& values) {
+    if (!values.table) return cut_as<channels, WriteBytes>;
+    if (values.normalised) return values.bytes == 4 ? cut_as<channels, WriteFloats> : cut_as<channels, WriteBfloats>;
+    if (values.bytes == 4) return cut_as<channels, WriteFromTable<uint32_t>>;
+    return values.bytes == 2 ? cut_as<channels, WriteFromTable<uint16_t>> : cut_as<channels, WriteFromTable<uint8_t>>;
+}
+
+void cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values) {
+    const Cut cut = channels == 3 ? cut_for<3>(values) : cut_for<4>(values);
+    cut(row, columns, out, patch_stride, plane_stride, values);
 }
 
 }  // namespace
 
 const Kernels avx2_kernels{
     "avx2",
-    [] { return static_cast<bool>(__builtin_cpu_supports("avx2")); },
+    [] { return (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) != 0; },
     [](const Taps& taps, int channels) -> std::unique_ptr<HorizontalPass> {
         if (!Horizontal::takes(taps)) return scalar_kernels.horizontal(taps, channels);
         return std::make_unique<Horizontal>(taps, channels);
