@@ -52,8 +52,9 @@ using PlannedCrop = std::tuple<std::tuple<int64_t, int64_t, int64_t, int64_t>, s
 
 Source source_of(const Pixels& pixels) {
     require(pixels.ndim() == 3 && (pixels.shape(2) == 3 || pixels.shape(2) == 4), "pixels must have the shape [H, W, 3] or [H, W, 4]");
-    const bool whole = pixels.shape(0) >= 1 && pixels.shape(1) >= 1;
-    require(whole && pixels.strides(2) == 1 && (pixels.strides(1) == pixels.shape(2) || pixels.shape(1) == 1), "each row's pixels must lie one after another");
+    require(pixels.shape(0) >= 1 && pixels.shape(1) >= 1, "pixels must have one pixel at least");
+    const bool close_up = pixels.strides(2) == 1 && (pixels.strides(1) == pixels.shape(2) || pixels.shape(1) == 1);
+    require(close_up, "each row's pixels must lie one after another");
     return {pixels.data(), pixels.strides(0), static_cast<int>(pixels.shape(2)), {pixels.shape(0), pixels.shape(1)}};
 }
 
@@ -146,11 +147,11 @@ PYBIND11_MODULE(_C, module) {
         "grid_positions", &positions, py::arg("rows"), py::arg("columns"), py::arg("positions_per_side"), py::arg("position_ids"),
         "int64 [rows * columns]: each patch's row in the position table, by the formula 'transformers-5' or 'transformers-4.40'.");
 
-    module.def("pack_patches", &pack, py::arg("pixels"), py::arg("crops"), py::arg("out"), py::arg("table"), py::arg("pass_order"),
+    module.def("pack_patches", &pack, py::arg("pixels").noconvert(), py::arg("crops"), py::arg("out").noconvert(), py::arg("table").noconvert(), py::arg("pass_order"),
                py::arg("threads") = py::none(),
                "uint8 [H, W, 3 or 4] (rows any distance apart) to the full patches of each crop ((top, left, height, width), (height, width)\n"
                "after the resize), into out, uint8 [P, 588 * bytes of a value]. table: uint8 [256 * bytes], the value of each byte, or None.");
-    module.def("resize_planes", &planes, py::arg("pixels"), py::arg("crop"), py::arg("out"), py::arg("table"), py::arg("pass_order"),
+    module.def("resize_planes", &planes, py::arg("pixels").noconvert(), py::arg("crop"), py::arg("out").noconvert(), py::arg("table").noconvert(), py::arg("pass_order"),
                py::arg("threads") = py::none(),
                "uint8 [H, W, 3 or 4] to one whole resized crop, into out, float32 [3, height, width] with contiguous rows.\n"
                "table: float32 [3, 256], the value of each byte of each channel.");

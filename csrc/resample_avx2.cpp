@@ -53,17 +53,17 @@ public:
     // Near the row's end a load must not begin at the window's first pixel: it would pass the end. There the windows begin earlier, and
     // RGB is taken from the last 12 bytes of a load and not from its first 12.
     Horizontal(const Taps& taps, int channels) {
-        const int64_t outputs = taps.outputs(), last_load = (pairs_of(taps, 0, outputs) - 1) / 2 * kPixelsPerLoad;
-        int64_t safe = 0;
-        while (safe < outputs && (taps.first[safe] + last_load) * channels + 16 <= taps.input * channels) ++safe;
-        safe -= safe % kOutputsPerStore;
+        const int64_t safe = safe_outputs(taps, channels);
         stretches_[0] = stretch(taps, channels, 0, safe, pairs_of(taps, 0, safe), false);
-        const int64_t pairs = (pairs_of(taps, safe, outputs) + 1) / 2 * 2;
-        stretches_[1] = stretch(taps, channels, safe, outputs, pairs, true);
+        stretches_[1] = stretch(taps, channels, safe, taps.outputs(), pairs_at_end(taps, safe), true);
     }
 
-    // A row too short for the loads of one window is left to the scalar loops.
-    static bool takes(const Taps& taps) { return taps.input >= (taps.most() + 3) / 4 * 4 + 2; }
+    // A row too short for that is left to the scalar loops.
+    static bool takes(const Taps& taps, int channels) {
+        const int64_t safe = safe_outputs(taps, channels);
+        if (safe == taps.outputs()) return true;
+        return std::min(taps.first[safe], taps.input - 2 * pairs_at_end(taps, safe)) * channels >= skipped_at_end(channels);
+    }
 
     AVX2 void run(const uint8_t* const* in, uint8_t* const* out) const override {
         uint8_t* to[kBlock] = {out[0], out[1], out[2], out[3]};
@@ -77,9 +77,21 @@ private:
         return pairs;
     }
 
+    // How many outputs, in whole stores, may be loaded from where their windows begin.
+    static int64_t safe_outputs(const Taps& taps, int channels) {
+        const int64_t last_load = (pairs_of(taps, 0, taps.outputs()) - 1) / 2 * kPixelsPerLoad;
+        int64_t safe = 0;
+        while (safe < taps.outputs() && (taps.first[safe] + last_load) * channels + 16 <= taps.input * channels) ++safe;
+        return safe - safe % kOutputsPerStore;
+    }
+
+    static int64_t pairs_at_end(const Taps& taps, int64_t safe) { return (pairs_of(taps, safe, taps.outputs()) + 1) / 2 * 2; }
+
+    static int64_t skipped_at_end(int channels) { return 16 - kPixelsPerLoad * channels; }
+
     static Stretch stretch(const Taps& taps, int channels, int64_t first, int64_t last, int64_t pairs, bool at_end) {
         Stretch made{pairs, kPixelsPerLoad * channels, {}, {}, _mm_setzero_si128(), _mm_setzero_si128()};
-        const int64_t skipped = at_end ? 16 - kPixelsPerLoad * channels : 0;
+        const int64_t skipped = at_end ? skipped_at_end(channels) : 0;
         const auto mask = [&](int64_t pixel) {
             const auto at = [&](int64_t x, int64_t c) { return static_cast<char>(skipped + (pixel + x) * channels + c); };
             return _mm_setr_epi8(at(0, 0), z, at(1, 0), z, at(0, 1), z, at(1, 1), z, at(0, 2), z, at(1, 2), z, z, z, z, z);
@@ -293,7 +305,7 @@ const Kernels avx2_kernels{
     "avx2",
     [] { return (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) != 0; },
     [](const Taps& taps, int channels) -> std::unique_ptr<HorizontalPass> {
-        if (!Horizontal::takes(taps)) return scalar_kernels.horizontal(taps, channels);
+        if (!Horizontal::takes(taps, channels)) return scalar_kernels.horizontal(taps, channels);
         return std::make_unique<Horizontal>(taps, channels);
     },
     [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<Vertical>(taps); },
