@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 from collections.abc import Callable
 
 import numpy as np
@@ -38,10 +39,11 @@ class Guarded:
         self.protect(mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def survives(work: Callable[[], None]) -> bool:
-    """Runs `work` in a child process; whether it came to its end."""
+def survives(work: Callable[[], None], seconds: int = 120) -> bool:
+    """Runs `work` in a child process, forked here; whether it came to its end in time."""
     child = os.fork()
     if child == 0:
+        signal.alarm(seconds)
         status = 1
         try:
             work()
