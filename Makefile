@@ -39,7 +39,7 @@ sanitize: $(SANITIZED)/_C.so ## the image tests with csrc/ under AddressSanitize
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=build/sanitized $(RUN) pytest -q -m "not slow" $(SANITIZED_TESTS)
 
-SANITIZED_TESTS := $(wildcard tests/test_geometry.py tests/test_images.py tests/test_resample.py tests/test_pool.py tests/test_image_processor.py tests/test_traps.py)
+SANITIZED_TESTS := $(wildcard tests/test_geometry.py tests/test_images.py tests/test_resample.py tests/test_threads.py tests/test_image_processor.py tests/test_traps.py)
 
 $(SANITIZED)/_C.so: $(patsubst csrc/%.cpp,build/sanitized/%.o,$(wildcard csrc/*.cpp))
 	@mkdir -p $(@D)
