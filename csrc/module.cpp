@@ -160,6 +160,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("num_threads", &num_threads, "Threads used where a call does not say: the CPUs this process may run on, until set.");
     module.def("set_num_threads", &set_num_threads, py::arg("threads"));
     module.def("simd", [] { return std::string(kernels().name); }, "The inner loops in use; the environment variable IDEFICS2_FAST_SIMD sets them.");
-    module.def("simd_paths", &kernels_here, "The inner loops that this CPU runs, the best first.");
+    module.def("simd_paths", &kernels_here, "The inner loops that this CPU runs, the fastest first.");
     module.def("use_simd", &use_kernels, py::arg("name"));
 }

@@ -85,13 +85,13 @@ void scalar_cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out,
     cut_as(row, channels, columns, out, patch_stride, plane_stride, values.table);
 }
 
-std::vector<const Kernels*> best_first() {
+std::vector<const Kernels*> fastest_first() {
     std::vector<const Kernels*> here;
     for (const Kernels* candidate : {
 #if defined(__x86_64__)
-             &avx2_kernels,
+             &vnni_kernels, &avx2_kernels,
 #endif
-             &scalar_kernels,
+             &scalar_kernels, &portable_kernels,
          })
         if (candidate->runs_here()) here.push_back(candidate);
     return here;
@@ -99,7 +99,7 @@ std::vector<const Kernels*> best_first() {
 
 const Kernels* named(const std::string& name, const std::string& who) {
     std::string names;
-    for (const Kernels* candidate : best_first()) {
+    for (const Kernels* candidate : fastest_first()) {
         if (candidate->name == name) return candidate;
         names += (names.empty() ? "'" : ", '") + std::string(candidate->name) + "'";
     }
@@ -122,7 +122,7 @@ const Kernels& kernels() {
     const Kernels* current = chosen.load();
     if (!current) {
         const char* name = std::getenv("IDEFICS2_FAST_SIMD");
-        current = name && *name ? named(name, "IDEFICS2_FAST_SIMD") : best_first().front();
+        current = name && *name ? named(name, "IDEFICS2_FAST_SIMD") : fastest_first().front();
         chosen.store(current);
     }
     return *current;
@@ -132,7 +132,7 @@ void use_kernels(const std::string& name) { chosen.store(named(name, "simd")); }
 
 std::vector<std::string> kernels_here() {
     std::vector<std::string> names;
-    for (const Kernels* candidate : best_first()) names.emplace_back(candidate->name);
+    for (const Kernels* candidate : fastest_first()) names.emplace_back(candidate->name);
     return names;
 }
 

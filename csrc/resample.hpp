@@ -90,11 +90,13 @@ struct Kernels {
 };
 
 extern const Kernels scalar_kernels;
+extern const Kernels portable_kernels;  // vnni_kernels without their instructions: slow, for tests
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
+extern const Kernels vnni_kernels;
 #endif
 
-// The kernels in use: the best this CPU has, or those that the environment variable IDEFICS2_FAST_SIMD or use_kernels names.
+// The kernels in use: the fastest this CPU runs, or those that the environment variable IDEFICS2_FAST_SIMD or use_kernels names.
 const Kernels& kernels();
 void use_kernels(const std::string& name);
 std::vector<std::string> kernels_here();

@@ -6,21 +6,21 @@
 #include <algorithm>
 #include <cstring>
 
-#include "resample.hpp"
+#include "stretches.hpp"
 
 #define AVX2 __attribute__((target("avx2,fma")))
 
 namespace idefics2 {
 namespace {
 
-constexpr int kPixelsPerLoad = 4;    // of the 16 bytes that a load takes, RGB uses 12
-constexpr int kOutputsPerStore = 4;  // and a store's 16 bytes hold 12
-constexpr int64_t kLow = 0xff;
 constexpr char z = static_cast<char>(0x80);  // a shuffle's zero
 
 // Two neighbouring weights as _mm256_madd_epi16 takes them: 16 bits each, the first one low. 22 bits do not fit, so there are two of these,
 // the weights' upper 14 bits and their lower 8.
-int32_t word_pair(int64_t first, int64_t second) { return static_cast<int32_t>(first | second << 16); }
+void push_pair(std::vector<int32_t>& pairs, int32_t first, int32_t second) {
+    pairs.push_back(first >> 8 | (second >> 8) << 16);
+    pairs.push_back((first & 0xff) | (second & 0xff) << 16);
+}
 
 // Running sums of eight outputs.
 struct Sums {
@@ -39,103 +39,56 @@ AVX2 inline __m256i values(const Sums& sums) {
     return _mm256_srli_epi32(_mm256_add_epi32(_mm256_slli_epi32(sums.upper, 8), sums.lower), kWeightBits);
 }
 
-// Outputs first .. last - 1 of a row, four at a time; past the last, it is made again.
-struct Stretch {
-    int64_t pairs;                 // of taps, the same for all
-    int64_t step;                  // from a load to the next, in bytes
-    std::vector<int64_t> offsets;  // of each output's first load, in bytes
-    std::vector<int32_t> weights;  // of each output and each pair: upper, lower
-    __m128i near, far;             // the first two and the last two pixels of a load, as pairs of 16-bit words for R, G, B
-};
-
 class Horizontal final : public HorizontalPass {
 public:
-    // Near the row's end a load must not begin at the window's first pixel: it would pass the end. There the windows begin earlier, and
-    // RGB is taken from the last 12 bytes of a load and not from its first 12.
-    Horizontal(const Taps& taps, int channels) {
-        const int64_t safe = safe_outputs(taps, channels);
-        stretches_[0] = stretch(taps, channels, 0, safe, pairs_of(taps, 0, safe), false);
-        stretches_[1] = stretch(taps, channels, safe, taps.outputs(), pairs_at_end(taps, safe), true);
-    }
-
-    // A row too short for that is left to the scalar loops.
-    static bool takes(const Taps& taps, int channels) {
-        const int64_t safe = safe_outputs(taps, channels);
-        if (safe == taps.outputs()) return true;
-        return std::min(taps.first[safe], taps.input - 2 * pairs_at_end(taps, safe)) * channels >= skipped_at_end(channels);
-    }
+    Horizontal(const Stretches& planned, int channels)
+        : step_(kPixelsPerLoad * channels), parts_{Part(planned.start, channels), Part(planned.end, channels)} {}
 
     AVX2 void run(const uint8_t* const* in, uint8_t* const* out) const override {
         uint8_t* to[kBlock] = {out[0], out[1], out[2], out[3]};
-        for (const Stretch& stretch : stretches_) run_stretch(stretch, in, to);
+        for (const Part& part : parts_) run_part(part, in, to);
     }
 
 private:
-    static int64_t pairs_of(const Taps& taps, int64_t first, int64_t last) {
-        int64_t pairs = 1;
-        for (int64_t output = first; output < last; ++output) pairs = std::max(pairs, (taps.count(output) + 1) / 2);
-        return pairs;
-    }
+    struct Part {
+        int64_t pairs;
+        std::vector<int64_t> offsets;
+        std::vector<int32_t> weights;  // of each output and each pair: upper, lower
+        __m128i near, far;             // the first two and the last two pixels of a load, as pairs of 16-bit words for R, G, B
 
-    // How many outputs, in whole stores, may be loaded from where their windows begin.
-    static int64_t safe_outputs(const Taps& taps, int channels) {
-        const int64_t last_load = (pairs_of(taps, 0, taps.outputs()) - 1) / 2 * kPixelsPerLoad;
-        int64_t safe = 0;
-        while (safe < taps.outputs() && (taps.first[safe] + last_load) * channels + 16 <= taps.input * channels) ++safe;
-        return safe - safe % kOutputsPerStore;
-    }
-
-    static int64_t pairs_at_end(const Taps& taps, int64_t safe) { return (pairs_of(taps, safe, taps.outputs()) + 1) / 2 * 2; }
-
-    static int64_t skipped_at_end(int channels) { return 16 - kPixelsPerLoad * channels; }
-
-    static Stretch stretch(const Taps& taps, int channels, int64_t first, int64_t last, int64_t pairs, bool at_end) {
-        Stretch made{pairs, kPixelsPerLoad * channels, {}, {}, _mm_setzero_si128(), _mm_setzero_si128()};
-        const int64_t skipped = at_end ? skipped_at_end(channels) : 0;
-        const auto mask = [&](int64_t pixel) {
-            const auto at = [&](int64_t x, int64_t c) { return static_cast<char>(skipped + (pixel + x) * channels + c); };
-            return _mm_setr_epi8(at(0, 0), z, at(1, 0), z, at(0, 1), z, at(1, 1), z, at(0, 2), z, at(1, 2), z, z, z, z, z);
-        };
-        made.near = mask(0);
-        made.far = mask(2);
-        const int64_t padded_last = first + (last - first + kOutputsPerStore - 1) / kOutputsPerStore * kOutputsPerStore;
-        for (int64_t i = first; i < padded_last; ++i) {
-            const int64_t output = std::min(i, last - 1);
-            const int64_t start = at_end ? std::min(taps.first[output], taps.input - 2 * pairs) : taps.first[output];
-            made.offsets.push_back(start * channels - skipped);
-            const auto weight = [&](int64_t tap) -> int64_t {
-                tap -= taps.first[output] - start;
-                return 0 <= tap && tap < taps.count(output) ? taps.of(output)[tap] : 0;
-            };
-            for (int64_t tap = 0; tap < 2 * pairs; tap += 2) {
-                made.weights.push_back(word_pair(weight(tap) >> 8, weight(tap + 1) >> 8));
-                made.weights.push_back(word_pair(weight(tap) & kLow, weight(tap + 1) & kLow));
-            }
+        Part(const Stretch& stretch, int channels) : pairs(stretch.taps / 2), offsets(stretch.offsets) {
+            for (size_t tap = 0; tap < stretch.weights.size(); tap += 2) push_pair(weights, stretch.weights[tap], stretch.weights[tap + 1]);
+            near = mask(stretch.skipped, channels);
+            far = mask(stretch.skipped + 2 * channels, channels);
         }
-        return made;
-    }
+
+        static __m128i mask(int64_t first, int64_t channels) {
+            const auto at = [&](int64_t x, int64_t c) { return static_cast<char>(first + x * channels + c); };
+            return _mm_setr_epi8(at(0, 0), z, at(1, 0), z, at(0, 1), z, at(1, 1), z, at(0, 2), z, at(1, 2), z, z, z, z, z);
+        }
+    };
 
     AVX2 static __m256i load(const uint8_t* first, const uint8_t* second) {
         const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
         return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(second)), 1);
     }
 
-    AVX2 static void run_stretch(const Stretch& stretch, const uint8_t* const* in, uint8_t** out) {
-        const __m256i near = _mm256_broadcastsi128_si256(stretch.near), far = _mm256_broadcastsi128_si256(stretch.far);
+    AVX2 void run_part(const Part& part, const uint8_t* const* in, uint8_t** out) const {
+        const __m256i near = _mm256_broadcastsi128_si256(part.near), far = _mm256_broadcastsi128_si256(part.far);
         const __m256i close_up = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, z, z, z, z));
-        const int32_t* weights = stretch.weights.data();
-        for (size_t output = 0; output < stretch.offsets.size(); output += kOutputsPerStore) {
+        const int32_t* weights = part.weights.data();
+        for (size_t output = 0; output < part.offsets.size(); output += kOutputsPerStore) {
             __m256i top[kOutputsPerStore], bottom[kOutputsPerStore];  // rows 0 and 1, rows 2 and 3
             for (int i = 0; i < kOutputsPerStore; ++i) {
-                int64_t at = stretch.offsets[output + i];
+                int64_t at = part.offsets[output + i];
                 Sums upper_rows = no_sums(), lower_rows = no_sums();
-                for (int64_t pair = 0; pair < stretch.pairs; pair += 2, at += stretch.step) {
+                for (int64_t pair = 0; pair < part.pairs; pair += 2, at += step_) {
                     const __m256i a = load(in[0] + at, in[1] + at), b = load(in[2] + at, in[3] + at);
                     const __m256i near_upper = _mm256_set1_epi32(weights[0]), near_lower = _mm256_set1_epi32(weights[1]);
                     add(upper_rows, _mm256_shuffle_epi8(a, near), near_upper, near_lower);
                     add(lower_rows, _mm256_shuffle_epi8(b, near), near_upper, near_lower);
                     weights += 2;
-                    if (pair + 1 == stretch.pairs) break;
+                    if (pair + 1 == part.pairs) break;
                     const __m256i far_upper = _mm256_set1_epi32(weights[0]), far_lower = _mm256_set1_epi32(weights[1]);
                     add(upper_rows, _mm256_shuffle_epi8(a, far), far_upper, far_lower);
                     add(lower_rows, _mm256_shuffle_epi8(b, far), far_upper, far_lower);
@@ -158,7 +111,8 @@ private:
         _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(bytes, 1));
     }
 
-    Stretch stretches_[2];
+    const int64_t step_;  // from a load to the next, in bytes
+    const Part parts_[2];
 };
 
 class Vertical final : public VerticalPass {
@@ -168,11 +122,9 @@ public:
     explicit Vertical(const Taps& taps) : taps_(taps), plain_(scalar_kernels.vertical(taps)) {
         for (int64_t output = 0; output < taps.outputs(); ++output) {
             begins_.push_back(static_cast<int64_t>(weights_.size()));
-            const auto weight = [&](int64_t tap) -> int64_t { return tap < taps.count(output) ? taps.of(output)[tap] : 0; };
-            for (int64_t tap = 0; tap < taps.count(output); tap += 2) {
-                weights_.push_back(word_pair(weight(tap) >> 8, weight(tap + 1) >> 8));
-                weights_.push_back(word_pair(weight(tap) & kLow, weight(tap + 1) & kLow));
-            }
+            const int32_t* weights = taps.of(output);
+            const int64_t count = taps.count(output);
+            for (int64_t tap = 0; tap < count; tap += 2) push_pair(weights_, weights[tap], tap + 1 < count ? weights[tap + 1] : 0);
         }
     }
 
@@ -305,8 +257,9 @@ const Kernels avx2_kernels{
     "avx2",
     [] { return (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) != 0; },
     [](const Taps& taps, int channels) -> std::unique_ptr<HorizontalPass> {
-        if (!Horizontal::takes(taps, channels)) return scalar_kernels.horizontal(taps, channels);
-        return std::make_unique<Horizontal>(taps, channels);
+        Stretches planned;
+        if (!plan_stretches(taps, channels, 2, planned)) return scalar_kernels.horizontal(taps, channels);
+        return std::make_unique<Horizontal>(planned, channels);
     },
     [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<Vertical>(taps); },
     cut,
