@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -151,14 +152,19 @@ def pack_images(
     patches = _buffer(out, ends, dtype)
     in_bytes = patches.view(torch.uint8).numpy()
 
+    written: list[int] = []
+
     def write(index: int) -> None:
         planned, part = [(crop.box, crop.size) for crop in plans[index]], in_bytes[(0, *ends)[index] : ends[index]]
         pixels = opened[index].read()
         if pixels.shape[:2] != opened[index].size:
             raise ValueError(f"the file announces {opened[index].size} pixels (height, width) and holds {pixels.shape[:2]}")
-        _C.pack_patches(pixels, planned, part, _table(dtype), PASS_ORDER, threads=max(1, threads // workers))
+        busy = min(workers, len(images) - len(written))  # threads with images of their own; the others help here
+        _C.pack_patches(pixels, planned, part, _table(dtype), PASS_ORDER, threads=1 + threads - busy)
+        written.append(index)
 
-    _each_image(write, len(images), workers)
+    largest_first = sorted(range(len(images)), key=lambda index: -math.prod(opened[index].size))
+    _each_image(write, len(images), workers, largest_first)
     return PackedImages(
         patches=patches,
         patch_positions=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *positions])),
@@ -189,8 +195,8 @@ def _check_arguments(images: Any, dtype: torch.dtype, upscale: Sequence[float] |
     return upscale
 
 
-def _each_image(work: Callable[[int], T], count: int, workers: int = 1) -> list[T]:
-    """work(0) .. work(count - 1) on some threads. Of the images that fail, the first is named; those not begun are left out."""
+def _each_image(work: Callable[[int], T], count: int, workers: int = 1, order: Sequence[int] | None = None) -> list[T]:
+    """work(0) .. work(count - 1) on some threads, begun in an order. Of the images that fail, the first is named."""
 
     def named(index: int) -> T:
         try:
@@ -201,9 +207,9 @@ def _each_image(work: Callable[[int], T], count: int, workers: int = 1) -> list[
     if workers == 1:
         return [named(index) for index in range(count)]
     with ThreadPoolExecutor(workers) as executor:
-        futures = [executor.submit(named, index) for index in range(count)]
+        futures = {index: executor.submit(named, index) for index in order or range(count)}
         try:
-            return [future.result() for future in futures]
+            return [futures[index].result() for index in range(count)]
         finally:
             executor.shutdown(cancel_futures=True)
 
