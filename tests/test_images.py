@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from support.hf_images import hf_patches
 from support.pillow_images import pillow_patches
@@ -248,6 +248,12 @@ FILES = {
     "grey.jpg": lambda: encoded(photo(mode="L")),
     "cmyk.jpg": lambda: encoded(photo(mode="CMYK")),
     "progressive.jpg": lambda: encoded(photo(), progressive=True, subsampling=2),
+    **{
+        f"{name}.jpg": lambda number=number: encoded(photo(), subsampling=number) for number, name in enumerate(["4-4-4", "4-2-2", "4-2-0"])
+    },
+    "profile.jpg": lambda: encoded(photo(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    "two-photos.mpo": lambda: encoded(photo(), "MPO", save_all=True, append_images=[photo(seed=9)]),
+    "photo.bmp": lambda: encoded(photo(), "BMP"),
     "palette.png": lambda: encoded(palette(None), "PNG"),
     "sixteen.png": lambda: encoded(sixteen_bits("I;16"), "PNG"),
     "photo.webp": lambda: encoded(photo(), "WEBP"),
