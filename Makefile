@@ -31,7 +31,7 @@ test-all: lint ## lint, then every test, the slow ones too, and the checks of th
 	@$(MAKE) --no-print-directory sanitize fuzz
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
-CHECKED := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -Wall -Wextra $(CHECKS)
+CHECKED := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -w $(CHECKS)
 SANITIZED := build/sanitized/idefics2_fast
 
 sanitize: $(SANITIZED)/_C.so ## the image tests with csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer

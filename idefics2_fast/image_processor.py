@@ -81,9 +81,7 @@ def _processor_class() -> type:
             data = _planes(images, write, as_one=return_tensors == "pt", **settings)
             if match == "pil":
                 return BatchFeature(data, tensor_type=return_tensors)
-            device = settings["device"] or "cpu"
-            tensors = {name: _map(lambda array: torch.from_numpy(array).to(device), values) for name, values in data.items()}
-            return BatchFeature(tensors, tensor_type=return_tensors)
+            return BatchFeature(_as_tensors(data, settings["device"]), tensor_type=return_tensors)
 
     Idefics2ImageProcessor.__qualname__ = "Idefics2ImageProcessor"  # where a pickle of an instance, as data loaders make them, finds it
     return Idefics2ImageProcessor
@@ -126,7 +124,7 @@ def _torchvision_table(
 
 
 class Part(NamedTuple):
-    """One image of the answer: a box (top, left, height, width) of a source [3, H, W], and its (height, width) there."""
+    """One image of the answer: a box (top, left, height, width) of a source [H, W, 3 or 4], and its (height, width) there."""
 
     source: np.ndarray
     box: tuple[int, int, int, int]
@@ -151,7 +149,8 @@ def _planes(
 
     def parts(image: np.ndarray) -> list[Part]:
         boxes = _C.crop_boxes(*image.shape[1:], do_image_splitting)
-        return [Part(image, box, _size_of(box[2:], size) if do_resize else box[2:]) for box in boxes]
+        pixels = _rows_of_pixels(image)
+        return [Part(pixels, box, _size_of(box[2:], size) if do_resize else box[2:]) for box in boxes]
 
     samples = [[part for image in sample for part in image] for sample in _map(operator.call, _calls(parts, images))]
     if not any(samples):
@@ -191,7 +190,7 @@ def _alone(part: Part, write: Write) -> np.ndarray:
 
 
 def _write(part: Part, out: np.ndarray, *, table: np.ndarray, pass_order: str) -> None:
-    _C.resize_planes(_rows_of_pixels(part.source), (part.box, part.size), out, table, pass_order)
+    _C.resize_planes(part.source, (part.box, part.size), out, table, pass_order)
 
 
 def _rows_of_pixels(image: np.ndarray) -> np.ndarray:
@@ -202,6 +201,10 @@ def _rows_of_pixels(image: np.ndarray) -> np.ndarray:
         if same and whole.strides[1:] == (4, 1):
             return whole
     return pixels if pixels.strides[1:] == (3, 1) else np.array(pixels, order="C")
+
+
+def _as_tensors(data: dict[str, Any], device: Any) -> dict[str, Any]:
+    return {name: _map(lambda array: torch.from_numpy(array).to(device or "cpu"), values) for name, values in data.items()}
 
 
 def _map(function: Callable[[Any], Any], nested: Any) -> Any:
