@@ -5,6 +5,8 @@ TORCH_INDEX ?=
 # More arguments for pytest and for the benchmarks.
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# How long `make fuzz` looks for faults.
+FUZZ_SECONDS ?= 20
 
 # The folder kernels/ must never be imported by its bare name, which belongs to a package that transformers imports.
 export PYTHONSAFEPATH := 1
@@ -12,7 +14,7 @@ export PYTHONSAFEPATH := 1
 RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all sanitize fuzz bench rivals lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -24,11 +26,59 @@ demo: .venv/ready ## answer prompts about photographs, beside Hugging Face's ans
 test: lint ## lint, then the fast tests; those for CUDA too where there is a device
 	@$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: lint ## lint, then every test, the slow ones too
+test-all: lint ## lint, then every test, the slow ones too, and the checks of the C++ code
 	@$(RUN) pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory sanitize fuzz
+
+CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+CHECKED := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -w $(CHECKS)
+SANITIZED := build/sanitized/idefics2_fast
+
+sanitize: $(SANITIZED)/_C.so ## the image tests with csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer
+	@ln -sf $(CURDIR)/idefics2_fast/*.py $(SANITIZED) && ln -sfn $(CURDIR)/kernels $(CURDIR)/training $(CURDIR)/benchmarks $(SANITIZED)
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitized $(RUN) pytest -q -m "not slow" -k "not test_the_pool" $(SANITIZED_TESTS)
+
+SANITIZED_TESTS := $(wildcard tests/test_geometry.py tests/test_images.py tests/test_resample.py tests/test_threads.py tests/test_image_processor.py tests/test_traps.py)
+
+$(SANITIZED)/_C.so: $(patsubst csrc/%.cpp,build/sanitized/%.o,$(wildcard csrc/*.cpp))
+	@mkdir -p $(@D)
+	@$(CXX) -shared -pthread $(CHECKS) $^ -o $@
+
+build/sanitized/%.o: csrc/%.cpp $(wildcard csrc/*.hpp) .venv/ready
+	@mkdir -p $(@D)
+	@$(CXX) $(CHECKED) -fPIC $$($(RUN) pybind11 --includes) -c $< -o $@
+
+fuzz: build/fuzz/images ## look for inputs that csrc/ does not stand
+	@mkdir -p build/fuzz/corpus
+	@$< -max_total_time=$(FUZZ_SECONDS) -max_len=600 -len_control=0 -verbosity=0 -print_funcs=0 -artifact_prefix=build/fuzz/ build/fuzz/corpus
+	@echo "Fuzzed for $(FUZZ_SECONDS) seconds, nothing found."
+
+PURE_SOURCES := $(filter-out csrc/module.cpp,$(wildcard csrc/*.cpp))
+
+build/fuzz/images: tests/fuzz/images.cpp $(PURE_SOURCES) $(wildcard csrc/*.hpp)
+	@mkdir -p $(@D)
+	@clang++ $(CHECKED) -fsanitize=fuzzer -Icsrc $< $(PURE_SOURCES) -o $@ 2>$(@D)/clang.log || { \
+		echo "No libFuzzer here (Debian: apt-get install clang libclang-rt-dev): fuzzing with random inputs, not steered by coverage."; \
+		$(CXX) $(CHECKED) -DWITH_MAIN -Icsrc $< $(PURE_SOURCES) -o $@; }
 
 bench: .venv/ready ## the benchmarks
 	@$(RUN) idefics2_fast.benchmarks $(BENCH_ARGS)
+
+# What the images suite compares with: pillow-simd takes Pillow's place, so each has an environment of its own beside .venv's packages.
+RIVALS := pillow-simd==12.1.1.post0 torchvision==0.28.0 opencv-python-headless==5.0.0.93
+# pillow-simd is built here, for its resize alone.
+WITHOUT := $(foreach part,zlib jpeg tiff freetype raqm lcms webp jpeg2000 imagequant xcb avif,-C $(part)=disable)
+
+rivals: .venv/ready ## install what `python -m idefics2_fast.benchmarks.images` compares with
+	@for rival in $(RIVALS); do \
+		place=.venv/rivals/$${rival%%=*}; \
+		$(RUN) venv --without-pip $$place; \
+		site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		.venv/bin/python -c "$$site" >"$$($$place/bin/python -c "$$site")/beside.pth"; \
+		CC='cc -mavx2' $(RUN) pip --python $$place/bin/python --disable-pip-version-check install --quiet --no-deps $(WITHOUT) $$rival \
+			|| { rm -rf $$place; echo "$$rival cannot be installed here: the benchmark does without."; }; \
+	done
 
 lint: .venv/ready ## ruff: rules and formatting
 	@$(RUN) ruff check --quiet

@@ -71,7 +71,8 @@ setup(
             depends=sorted(glob("csrc/*.hpp")),
             cxx_std=17,
             # Geometry must round as Python's doubles do.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
+            extra_link_args=["-pthread"],
         )
     ],
     cmdclass={"build_ext": NinjaBuildExt},

@@ -1,18 +1,28 @@
 """Images to patches: decoded, cut, resized and packed without padding, to the bit as Hugging Face's Idefics2ImageProcessorPil does it.
 
-Planning (sizes alone) and pixels are apart: `plan_crops` says what becomes of an image of some size, `_patches` carries it out.
+Planning (sizes alone) and pixels are apart: `plan_crops` says what becomes of an image of some size, `_C.pack_patches` carries it out.
+A batch is planned from the files' headers. Then each image is decoded, resized and written into the one buffer by one of several threads.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from idefics2_fast import _C
@@ -23,10 +33,21 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 PATCH_SIZE = 14
 PATCH_DIM = 3 * PATCH_SIZE * PATCH_SIZE
 MAX_PIXELS = 178_000_000
+MAX_UPSCALE = 1000.0
 DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 
 # Each byte's value after Hugging Face's steps: x / 255 in float64, rounded to float32, minus 0.5, over 0.5.
 NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+
+# Which pass of a resize Pillow does first: see PassOrder in csrc/resample.hpp. The order shows in the last bit.
+PASS_ORDER = "shrinking-first" if int(PIL.__version__.split(".")[0]) >= 13 else "horizontal-first"
+
+# EXIF orientations that exchange height and width.
+TURNED = (5, 6, 7, 8)
+# A PNG's orientation may stand behind its pixels: it is looked for only where one of these names occurs in the file.
+PNG_ORIENTATION_NAMES = (b"eXIf", b"exif", b"xmp", b"XMP")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,15 +87,20 @@ class Crop:
     grid: tuple[int, int]
 
 
-def plan_crops(height: int, width: int, *, split: bool, shortest_edge: int, longest_edge: int) -> list[Crop]:
+def plan_crops(height: int, width: int, *, split: bool, shortest_edge: int, longest_edge: int, upscale: float = 1.0) -> list[Crop]:
     """What becomes of an image of a size: the whole, or, for a split, top left, top right, bottom left, bottom right, then the whole.
 
+    Args:
+        upscale: factor of both sides before the size rule, as training draws it; fractions of pixels are dropped.
+
     Raises:
-        ValueError: an empty image, one too small to be split, edges that do not go together.
+        ValueError: an empty image, one too small to be split, edges that do not go together, a factor out of range.
     """
+    if not 1.0 <= upscale <= MAX_UPSCALE:
+        raise ValueError(f"the factor of up-scaling is {upscale}, expected 1 to {MAX_UPSCALE:g}")
     crops = []
     for box in _C.crop_boxes(height, width, split):
-        size = _C.output_size(box[2], box[3], shortest_edge, longest_edge)
+        size = _C.output_size(int(box[2] * upscale), int(box[3] * upscale), shortest_edge, longest_edge)
         crops.append(Crop(box, size, _C.patch_grid(*size, PATCH_SIZE)))
     return crops
 
@@ -89,11 +115,15 @@ def pack_images(
     positions_per_side: int = 70,
     position_ids: str = "transformers-5",
     max_pixels: int = MAX_PIXELS,
+    upscale: Sequence[float] | None = None,
+    out: Tensor | np.ndarray | None = None,
+    threads: int | None = None,
 ) -> PackedImages:
     """Packs images of any sizes. The longer side is cut to `longest_edge`, then each side is raised to `shortest_edge`.
 
     Files (paths and bytes) are turned upright by their EXIF orientation; PIL images and arrays are taken as they are. Transparency is
     laid on white; grey, palette, CMYK and other modes become RGB as Pillow converts them; 16-bit and float modes are clipped to 0..255.
+    Python's lock is released over the pixels: an image or array must not be changed by another thread meanwhile.
 
     Args:
         images: paths, the bytes of files, PIL images, or uint8 arrays [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (channels last, always).
@@ -102,57 +132,166 @@ def pack_images(
         positions_per_side: side of the vision tower's position table. An image may have more patches on a side.
         position_ids: formula of the positions: "transformers-5", or "transformers-4.40" as when the released model was trained.
         max_pixels: larger images are refused before they are decoded. Pillow's own limit, 178.9 million, holds beside it for files.
+        upscale: a factor for each image, 1 or more, by which both sides grow before the rule above; it is all one resize.
+        out: contiguous [at least P, 588] of `dtype` on the CPU, to be written to: `patches` is its beginning. After an error its
+            contents are undefined.
+        threads: how many to use; `set_num_threads` sets what is used otherwise.
 
     Raises:
         ValueError: an image that cannot be read or used, named by its index; other arguments out of range. Nothing is returned in part.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    if isinstance(images, ImageSource):
-        raise ValueError(f"images is one {type(images).__name__}, expected a list of images")
-    crops, patches = [], [np.empty((0, PATCH_DIM), np.uint8)]
-    for index, source in enumerate(images):
-        try:
-            image = _read_rgb(source, max_pixels)
-            planned = plan_crops(image.height, image.width, split=split, shortest_edge=shortest_edge, longest_edge=longest_edge)
-        except ValueError as error:
-            raise ValueError(f"image {index}: {error}") from error
-        crops += planned
-        patches += [_patches(image, crop) for crop in planned]
-    packed = np.concatenate(patches)
+    factors = _check_arguments(images, dtype, upscale, threads)
+    threads = threads or _C.num_threads()
+    workers = max(1, min(threads, len(images)))
+    opened = _each_image(lambda index: _open(images[index], max_pixels), len(images), workers)
+    rules = {"split": split, "shortest_edge": shortest_edge, "longest_edge": longest_edge}
+    plans = _each_image(lambda index: plan_crops(*opened[index].size, upscale=factors[index], **rules), len(images))
+    crops = [crop for plan in plans for crop in plan]
     positions = [_C.grid_positions(*crop.grid, positions_per_side, position_ids) for crop in crops]
+    ends = list(accumulate(sum(rows * columns for rows, columns in (crop.grid for crop in plan)) for plan in plans))
+    patches = _buffer(out, ends, dtype)
+    in_bytes = patches.view(torch.uint8).numpy()
+
+    written: list[int] = []
+
+    def write(index: int) -> None:
+        planned, part = [(crop.box, crop.size) for crop in plans[index]], in_bytes[(0, *ends)[index] : ends[index]]
+        pixels = opened[index].read()
+        if pixels.shape[:2] != opened[index].size:
+            raise ValueError(f"the file announces {opened[index].size} pixels (height, width) and holds {pixels.shape[:2]}")
+        busy = min(workers, len(images) - len(written))  # threads with images of their own; the others help here
+        _C.pack_patches(pixels, planned, part, _table(dtype), PASS_ORDER, threads=1 + threads - busy)
+        written.append(index)
+
+    largest_first = sorted(range(len(images)), key=lambda index: -math.prod(opened[index].size))
+    _each_image(write, len(images), workers, largest_first)
     return PackedImages(
-        patches=torch.from_numpy(packed if dtype == torch.uint8 else NORMALISED[packed]).to(dtype),
+        patches=patches,
         patch_positions=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *positions])),
         images=Segments.of_lengths(rows * columns for rows, columns in (crop.grid for crop in crops)),
         grids=torch.tensor([crop.grid for crop in crops], dtype=torch.int64).view(-1, 2),
     )
 
 
-def _patches(image: Image.Image, crop: Crop) -> np.ndarray:
-    """uint8 [rows * columns, 588]: a crop of an RGB image, resized and cut into patches."""
-    top, left, height, width = crop.box
-    part = image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
-    if crop.size != (height, width):
-        part = part.resize(crop.size[::-1], Image.Resampling.BILINEAR)
-    rows, columns = crop.grid
-    pixels = np.asarray(part)[: rows * PATCH_SIZE, : columns * PATCH_SIZE]
-    return pixels.reshape(rows, PATCH_SIZE, columns, PATCH_SIZE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, PATCH_DIM)
+def set_num_threads(threads: int) -> None:
+    """How many threads `pack_images` uses where it is not told: by default the CPUs that this process may run on."""
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads is {threads!r}, expected 1 or more")
+    _C.set_num_threads(threads)
 
 
-def _read_rgb(source: ImageSource, max_pixels: int) -> Image.Image:
+def _check_arguments(images: Any, dtype: torch.dtype, upscale: Sequence[float] | None, threads: int | None) -> Sequence[float]:
+    """The factor of up-scaling of each image."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if isinstance(images, ImageSource):
+        raise ValueError(f"images is one {type(images).__name__}, expected a list of images")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads is {threads!r}, expected 1 or more, or None")
+    if upscale is None:
+        return [1.0] * len(images)
+    if len(upscale) != len(images):
+        raise ValueError(f"upscale has {len(upscale)} factors for {len(images)} images, expected one for each")
+    return upscale
+
+
+def _each_image(work: Callable[[int], T], count: int, workers: int = 1, order: Sequence[int] | None = None) -> list[T]:
+    """work(0) .. work(count - 1) on some threads, begun in an order. Of the images that fail, the first is named."""
+
+    def named(index: int) -> T:
+        try:
+            return work(index)
+        except ValueError as error:
+            raise ValueError(f"image {index}: {error}") from error
+
+    if workers == 1:
+        return [named(index) for index in range(count)]
+    with ThreadPoolExecutor(workers) as executor:
+        futures = {index: executor.submit(named, index) for index in order or range(count)}
+        try:
+            return [futures[index].result() for index in range(count)]
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _buffer(out: Tensor | np.ndarray | None, ends: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """[P, 588] for images whose patches end at `ends`: new, or the beginning of the caller's."""
+    total = ends[-1] if ends else 0
+    if out is None:
+        return torch.empty(total, PATCH_DIM, dtype=dtype)
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out is read-only, expected memory that can be written to")
+        if not out.flags.c_contiguous:
+            raise ValueError(f"out has strides {out.strides}, expected a contiguous array")
+        out = torch.from_numpy(out)
+    if not isinstance(out, Tensor):
+        raise ValueError(f"out is a {type(out).__name__}, expected a Tensor or an array")
+    if out.dtype != dtype or out.ndim != 2 or out.shape[1] != PATCH_DIM or out.device.type != "cpu" or out.requires_grad:
+        found = f"{out.dtype} {list(out.shape)} on {out.device}" + (" with gradients" if out.requires_grad else "")
+        raise ValueError(f"out is {found}, expected {dtype} [P, {PATCH_DIM}] on the CPU, without gradients")
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}, expected a contiguous tensor")
+    over = next((index for index, end in enumerate(ends) if end > out.shape[0]), None)
+    if over is not None:
+        raise ValueError(f"image {over}: out has room for {out.shape[0]} patches, expected {ends[over]} up to here and {total} in all")
+    return out[:total]
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> np.ndarray | None:
+    """Each byte's value as `_C` takes it; None for the bytes themselves."""
+    return None if dtype == torch.uint8 else torch.from_numpy(NORMALISED).to(dtype).view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An image of which the size is known: (height, width) as it will be read. `read` decodes: uint8 [H, W, 3 or 4], the first 3 RGB."""
+
+    size: tuple[int, int]
+    read: Callable[[], np.ndarray]
+
+
+def _open(source: ImageSource, max_pixels: int) -> _Opened:
     if isinstance(source, np.ndarray):
-        return _rgb_of_array(source, max_pixels)
+        _check_array(source, max_pixels)
+        return _Opened(source.shape[:2], lambda: _pixels_of_array(source))
     if isinstance(source, Image.Image):
-        file, name = None, "the PIL image"
-    elif isinstance(source, bytes):
-        file, name = io.BytesIO(source), f"the file of {len(source)} bytes"
-    elif isinstance(source, str | os.PathLike):
-        file, name = _existing(os.fspath(source)), str(source)
-    else:
-        raise ValueError(f"a {type(source).__name__} is not an image: expected a path, bytes, a PIL image or a uint8 array")
+        _require_pixels(source.height, source.width, max_pixels)
+        return _Opened((source.height, source.width), lambda: _decode(source, "the PIL image"))
+    if isinstance(source, bytes):
+        return _open_file(source, f"the file of {len(source)} bytes", max_pixels)
+    if isinstance(source, str | os.PathLike):
+        return _open_file(_bytes_of(os.fspath(source)), str(source), max_pixels)
+    raise ValueError(f"a {type(source).__name__} is not an image: expected a path, bytes, a PIL image or a uint8 array")
+
+
+def _open_file(data: bytes, name: str, max_pixels: int) -> _Opened:
+    with _decoding_errors_name(name):
+        image = Image.open(io.BytesIO(data))
+        _require_pixels(image.height, image.width, max_pixels)
+        if image.format in ("JPEG", "MPO", "WEBP"):
+            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        elif image.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION_NAMES):
+            turned = False
+        else:  # other formats show their orientation, and some their size, only when they are decoded
+            ImageOps.exif_transpose(image, in_place=True)
+            _require_pixels(image.height, image.width, max_pixels)
+            turned = False
+
+    def read() -> np.ndarray:
+        with _decoding_errors_name(name):
+            ImageOps.exif_transpose(image, in_place=True)
+        return _decode(image, name)
+
+    return _Opened((image.width, image.height) if turned else (image.height, image.width), read)
+
+
+@contextmanager
+def _decoding_errors_name(name: str) -> Iterator[None]:
     try:
-        return _rgb(source, max_pixels) if file is None else _decode_rgb(file, max_pixels)
+        with _one_block():
+            yield
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image in any format that Pillow reads") from None
     except Image.DecompressionBombError as error:
@@ -163,43 +302,81 @@ def _read_rgb(source: ImageSource, max_pixels: int) -> Image.Image:
         raise ValueError(f"{name} cannot be decoded: {error}") from error
 
 
-def _existing(path: str) -> str:
+_block_lock = threading.Lock()
+_block_users = 0
+_block_before = 0
+
+
+@contextmanager
+def _one_block() -> Iterator[None]:
+    """Within it Pillow makes images in one piece, which alone can be read where they lie. Larger ones than 16 MiB would be in several."""
+    global _block_users, _block_before
+    if not hasattr(Image.core, "set_use_block_allocator"):
+        yield
+        return
+    with _block_lock:
+        if _block_users == 0:
+            _block_before = Image.core.get_use_block_allocator()
+            Image.core.set_use_block_allocator(1)
+        _block_users += 1
+    try:
+        yield
+    finally:
+        with _block_lock:
+            _block_users -= 1
+            if _block_users == 0:
+                Image.core.set_use_block_allocator(_block_before)
+
+
+def _decode(image: Image.Image, name: str) -> np.ndarray:
+    with _decoding_errors_name(name):
+        image = _rgb(image)
+        try:
+            _, array = image.__arrow_c_array__()
+        except (AttributeError, ValueError):  # a Pillow before 11.2.1, or an image in several pieces
+            return np.asarray(image)
+        return _C.arrow_pixels(array, image.height, image.width)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Hugging Face's `convert_to_rgb`. An RGB image is given back itself."""
+    if image.mode == "F" and np.isnan(np.asarray(image)).any():
+        raise ValueError("the image has NaN pixels, expected numbers")
+    image.load()
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _bytes_of(path: str) -> bytes:
     if path.startswith(("http://", "https://")):
         raise ValueError(f"{path} is not downloaded: expected a local file, or the bytes of one")
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}")
-    return path
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _decode_rgb(file: str | io.BytesIO, max_pixels: int) -> Image.Image:
-    with Image.open(file) as image:
-        _require_pixels(image.height, image.width, max_pixels)
-        ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image, max_pixels)
-
-
-def _rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Hugging Face's `convert_to_rgb`."""
-    _require_pixels(image.height, image.width, max_pixels)
-    if image.mode == "F" and np.isnan(np.asarray(image)).any():
-        raise ValueError("the image has NaN pixels, expected numbers")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _rgb_of_array(array: np.ndarray, max_pixels: int) -> Image.Image:
+def _check_array(array: np.ndarray, max_pixels: int) -> None:
     if array.dtype != np.uint8:
         nan = " with NaN pixels" if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any() else ""
         raise ValueError(f"the array is {array.dtype}{nan}, expected uint8 with values 0 to 255")
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ValueError(f"the array has shape {list(array.shape)}, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: channels last")
     _require_pixels(*array.shape[:2], max_pixels)
-    if array.shape[2:] == (4,):  # Hugging Face's formula for arrays; Pillow's differs in the last bit
+
+
+def _pixels_of_array(array: np.ndarray) -> np.ndarray:
+    if array.shape[2:] in ((), (1,)):
+        return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
+    if array.shape[2] == 4:  # Hugging Face's formula for arrays; Pillow's differs in the last bit
         alpha = array[..., 3:] / 255
         array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
-    return Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array).convert("RGB")
+    rows_are_whole = array.strides[2] == 1 and array.strides[1] == 3
+    return array if rows_are_whole else np.array(array, order="C")
 
 
 def _require_pixels(height: int, width: int, max_pixels: int) -> None:

@@ -12,8 +12,10 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from support.hf_images import hf_patches
+from support.pillow_images import pillow_patches
 
 from idefics2_fast import _C, pack_images
 
@@ -246,6 +248,12 @@ FILES = {
     "grey.jpg": lambda: encoded(photo(mode="L")),
     "cmyk.jpg": lambda: encoded(photo(mode="CMYK")),
     "progressive.jpg": lambda: encoded(photo(), progressive=True, subsampling=2),
+    **{
+        f"{name}.jpg": lambda number=number: encoded(photo(), subsampling=number) for number, name in enumerate(["4-4-4", "4-2-2", "4-2-0"])
+    },
+    "profile.jpg": lambda: encoded(photo(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    "two-photos.mpo": lambda: encoded(photo(), "MPO", save_all=True, append_images=[photo(seed=9)]),
+    "photo.bmp": lambda: encoded(photo(), "BMP"),
     "palette.png": lambda: encoded(palette(None), "PNG"),
     "sixteen.png": lambda: encoded(sixteen_bits("I;16"), "PNG"),
     "photo.webp": lambda: encoded(photo(), "WEBP"),
@@ -412,3 +420,207 @@ def test_pillows_own_limit_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bad_arguments_are_named(images: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack_images(images, **options)
+
+
+# --- the caller's buffer ---
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
+def test_patches_are_written_to_the_beginning_of_out(dtype: torch.dtype) -> None:
+    images = [photo(700, 900), encoded(photo(300, 500)), noise(400, 400)]
+    expected = pack_images(images, split=True, dtype=dtype).patches
+    out = torch.full((len(expected) + 3, 588), 7, dtype=dtype)
+    packed = pack_images(images, split=True, dtype=dtype, out=out)
+    assert packed.patches.data_ptr() == out.data_ptr()
+    assert torch.equal(packed.patches, expected)
+    assert (out[len(expected) :] == 7).all()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 7])
+def test_out_may_begin_anywhere_in_memory(offset: int) -> None:
+    """Not at a border of vectors, nor of values."""
+    expected = pack_images([photo()], dtype=torch.float32).patches
+    memory = np.zeros(expected.numel() * 4 + offset, np.uint8)
+    out = memory[offset:].view(np.float32).reshape(-1, 588)
+    pack_images([photo()], dtype=torch.float32, out=out)
+    np.testing.assert_array_equal(out, expected.numpy())
+
+
+def test_out_may_be_an_array() -> None:
+    out = np.zeros((1000, 588), np.uint8)
+    packed = pack_images([photo()], out=out)
+    np.testing.assert_array_equal(out[:980], packed.patches.numpy())
+    assert not out[980:].any()
+
+
+def read_only() -> np.ndarray:
+    out = np.zeros((3000, 588), np.uint8)
+    out.flags.writeable = False
+    return out
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (
+            lambda: torch.zeros(1959, 588, dtype=torch.uint8),
+            "^image 1: out has room for 1959 patches, expected 1960 up to here and 2940 in all",
+        ),
+        (lambda: torch.zeros(3000, 588), r"out is torch.float32 \[3000, 588\] on cpu, expected torch.uint8 \[P, 588\]"),
+        (lambda: torch.zeros(3000 * 588, dtype=torch.uint8), r"out is torch.uint8 \[1764000\]"),
+        (lambda: torch.zeros(3000, 587, dtype=torch.uint8), r"\[3000, 587\]"),
+        (lambda: torch.zeros(6000, 588, dtype=torch.uint8)[::2], r"out has strides \(1176, 1\), expected a contiguous tensor"),
+        (lambda: torch.zeros(588, 3000, dtype=torch.uint8).T, "expected a contiguous tensor"),
+        (lambda: torch.zeros(1, 588, dtype=torch.uint8).expand(3000, 588), r"out has strides \(0, 1\)"),
+        (lambda: torch.zeros(3000, 588, dtype=torch.uint8, device="meta"), "on meta, expected"),
+        (read_only, "out is read-only"),
+        (lambda: np.zeros((6000, 588), np.uint8)[::2], r"out has strides \(1176, 1\), expected a contiguous array"),
+        (lambda: [0], "out is a list, expected a Tensor or an array"),
+    ],
+)
+def test_a_bad_buffer_is_refused_before_it_is_written_to(out: Callable[[], Any], message: str) -> None:
+    buffer = out()
+    with pytest.raises(ValueError, match=message):
+        pack_images([photo(), photo(seed=1), photo(seed=2)], out=buffer)
+    if isinstance(buffer, torch.Tensor) and buffer.device.type == "cpu":
+        assert not buffer.any()
+
+
+def test_a_buffer_with_gradients_is_refused() -> None:
+    with pytest.raises(ValueError, match="with gradients, expected"):
+        pack_images([photo()], dtype=torch.float32, out=torch.zeros(3000, 588, requires_grad=True))
+
+
+# --- up-scaling for training ---
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "expected"),
+    [
+        ((300, 400), 1.5, (450, 600)),
+        ((300, 401), 2.3, (690, 922)),  # 922.3
+        ((300, 400), 3.0, (735, 980)),  # the longer side is capped
+        ((100, 120), 2.0, (378, 378)),  # and both are raised
+        ((2000, 1500), 2.5, (980, 735)),
+        ((400, 500), 1.0, (400, 500)),
+    ],
+)
+def test_upscaling_is_one_resize_to_a_larger_size(size: tuple[int, int], factor: float, expected: tuple[int, int]) -> None:
+    pixels = noise(*size)
+    larger = Image.fromarray(pixels).resize(expected[::-1], Image.Resampling.BILINEAR)
+    assert torch.equal(pack_images([pixels], upscale=[factor]).patches, torch.from_numpy(pillow_patches(larger)))
+
+
+def test_each_image_has_its_own_factor() -> None:
+    images = [photo(400, 400, seed=seed) for seed in range(3)]
+    packed = pack_images(images, upscale=(1.0, 2.0, 1.5))
+    assert packed.grids.tolist() == [[28, 28], [57, 57], [42, 42]]
+    split = pack_images(images[:1], upscale=[2.0], split=True)
+    assert split.grids.tolist() == [[28, 28]] * 4 + [[57, 57]]  # quarters of 200 pixels become 400
+
+
+@pytest.mark.parametrize(
+    ("upscale", "message"),
+    [
+        ([1.0], "upscale has 1 factors for 2 images"),
+        ([1.0, 0.5], r"^image 1: the factor of up-scaling is 0.5, expected 1 to 1000"),
+        ([float("nan"), 1.0], "^image 0: the factor of up-scaling is nan"),
+        ([1.0, float("inf")], "^image 1: the factor of up-scaling is inf"),
+    ],
+)
+def test_bad_factors_are_named(upscale: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_images([photo(), photo()], upscale=upscale)
+
+
+# --- Pillow's memory ---
+
+
+def test_pillow_images_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither small ones nor files larger than one of Pillow's blocks."""
+    expected = [pack_images([source]).patches for source in (noise(400, 500), noise(2400, 2500))]
+    small, large = photo(400, 500), encoded(Image.fromarray(noise(2400, 2500)), "BMP")
+    monkeypatch.setattr(Image.Image, "__array_interface__", property(lambda image: pytest.fail("copied")))
+    monkeypatch.setattr(Image.Image, "copy", lambda image: pytest.fail("copied"))
+    assert torch.equal(pack_images([small]).patches, expected[0])
+    assert torch.equal(pack_images([large]).patches, expected[1])
+
+
+def test_pillow_images_of_several_blocks() -> None:
+    """Those that were made elsewhere lie in pieces, and are copied."""
+    image = Image.fromarray(noise(2400, 2500)).convert("RGBX").convert("RGB")
+    with pytest.raises(ValueError, match="not contiguous"):
+        image.__arrow_c_array__()
+    assert torch.equal(pack_images([image]).patches, pack_images([noise(2400, 2500)]).patches)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_pillows_allocator_is_as_it_was_afterwards(before: int) -> None:
+    at_first = Image.core.get_use_block_allocator()
+    Image.core.set_use_block_allocator(before)
+    try:
+        pack_images([encoded(photo())] * 3, threads=2)
+        with pytest.raises(ValueError, match="truncated"):
+            pack_images([encoded(photo()), encoded(photo())[:2000]], threads=2)
+        assert Image.core.get_use_block_allocator() == before
+    finally:
+        Image.core.set_use_block_allocator(at_first)
+
+
+def test_pillow_images_outlive_their_owner() -> None:
+    """The pixels are read from Pillow's memory, which must not be freed before."""
+    pixels = _C.arrow_pixels(photo(100, 120).__arrow_c_array__()[1], 100, 120)
+    others = [photo(100, 120, seed=seed) for seed in range(20)]
+    np.testing.assert_array_equal(pixels[..., :3], noise(100, 120))
+    assert not pixels.flags.writeable
+    assert others
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (120, 99)), ("L", (120, 100))])
+def test_other_arrow_arrays_are_refused(mode: str, size: tuple[int, int]) -> None:
+    capsule = photo(100, 120, mode).__arrow_c_array__()[1]
+    with pytest.raises(ValueError, match="Arrow array"):
+        _C.arrow_pixels(capsule, *size[::-1])
+
+
+# --- planning from headers ---
+
+
+def test_files_are_planned_before_they_are_decoded() -> None:
+    """An image too many for the buffer is found out with no pixel read: the file has none."""
+    with pytest.raises(ValueError, match="image 1: out has room for 1000 patches"):
+        pack_images([encoded(photo()), png_header(400, 500)], out=torch.zeros(1000, 588, dtype=torch.uint8))
+
+
+def test_a_png_with_its_orientation_behind_the_pixels(tmp_path: Path) -> None:
+    data = turned(6, "PNG")
+    start = data.index(b"eXIf") - 4
+    length = 12 + struct.unpack(">I", data[start : start + 4])[0]
+    moved = data[:start] + data[start + length : -12] + data[start : start + length] + data[-12:]
+    (tmp_path / "late.png").write_bytes(moved)
+    packed = pack_images([moved], dtype=torch.float32)
+    assert packed.grids.tolist() == [[35, 28]]
+    assert_same(packed.patches, hf_patches([str(tmp_path / "late.png")]))
+
+
+@pytest.mark.parametrize("format", ["TIFF", "WEBP", "PNG", "JPEG"])
+def test_orientations_of_other_formats(format: str, tmp_path: Path) -> None:
+    for orientation in (3, 6):
+        (tmp_path / "photo").write_bytes(turned(orientation, format))
+        packed = pack_images([tmp_path / "photo"], dtype=torch.float32)
+        assert packed.grids.tolist() == [[28, 35] if orientation == 3 else [35, 28]]
+        assert_same(packed.patches, hf_patches([str(tmp_path / "photo")]))
+
+
+def test_a_file_that_is_not_as_large_as_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer is laid out by what the header says: a decoder that yields another size is refused."""
+    monkeypatch.setattr(JpegImageFile, "getexif", lambda image: {ORIENTATION: 6})
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image, in_place: None)
+    with pytest.raises(ValueError, match=r"image 1: the file announces \(500, 400\) pixels .* and holds \(400, 500\)"):
+        pack_images([photo(), encoded(photo())])
+
+
+def test_an_unreadable_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(ValueError, match=r"image 1: .*a\.jpg cannot be read: .*Permission denied"):
+        pack_images([photo(), file(tmp_path, "a.jpg", encoded(photo()))])

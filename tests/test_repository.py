@@ -37,7 +37,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
 
 SEGMENTS = "idefics2_fast.kernels.segments"  # a plain data type, which every room may use
 ACCELERATORS = {"flash_attn", "xformers", "liger_kernel"}  # used where installed
-NAMES_TRANSFORMERS = {"weights.py", "processor.py", "patch.py"}
+NAMES_TRANSFORMERS = {"weights.py", "processor.py", "image_processor.py", "patch.py"}
 
 
 def imports(tree: ast.Module, path: Path) -> Iterator[tuple[str, bool]]:

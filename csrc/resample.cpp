@@ -1,0 +1,278 @@
+#include "resample.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cassert>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+namespace idefics2 {
+namespace {
+
+constexpr int32_t kHalf = 1 << (kWeightBits - 1);
+
+uint8_t to_byte(uint32_t sum) { return static_cast<uint8_t>(std::min<uint32_t>(sum >> kWeightBits, 255)); }
+
+class ScalarHorizontal final : public HorizontalPass {
+public:
+    ScalarHorizontal(const Taps& taps, int channels) : taps_(taps), channels_(channels) {}
+
+    void run(const uint8_t* const* in, uint8_t* const* out) const override {
+        for (int i = 0; i < kBlock; ++i)
+            if (i == 0 || out[i] != out[i - 1]) run_row(in[i], out[i]);
+    }
+
+private:
+    void run_row(const uint8_t* in, uint8_t* out) const {
+        for (int64_t x = 0; x < taps_.outputs(); ++x) {
+            const uint8_t* pixel = in + taps_.first[x] * channels_;
+            const int32_t* weights = taps_.of(x);
+            uint32_t red = kHalf, green = kHalf, blue = kHalf;
+            for (int64_t tap = 0; tap < taps_.count(x); ++tap, pixel += channels_) {
+                const uint32_t weight = weights[tap];
+                red += pixel[0] * weight;
+                green += pixel[1] * weight;
+                blue += pixel[2] * weight;
+            }
+            out[3 * x] = to_byte(red);
+            out[3 * x + 1] = to_byte(green);
+            out[3 * x + 2] = to_byte(blue);
+        }
+    }
+
+    const Taps& taps_;
+    const int channels_;
+};
+
+class ScalarVertical final : public VerticalPass {
+public:
+    explicit ScalarVertical(const Taps& taps) : taps_(taps) {}
+
+    void run(int64_t output, const uint8_t* const* in, int64_t bytes, uint8_t* out) const override {
+        constexpr int64_t kChunk = 256;
+        const int32_t* weights = taps_.of(output);
+        for (int64_t start = 0; start < bytes; start += kChunk) {
+            const int64_t length = std::min(kChunk, bytes - start);
+            uint32_t sums[kChunk];
+            std::fill(sums, sums + length, kHalf);
+            for (int64_t tap = 0; tap < taps_.count(output); ++tap)
+                for (int64_t i = 0; i < length; ++i) sums[i] += in[tap][start + i] * static_cast<uint32_t>(weights[tap]);
+            for (int64_t i = 0; i < length; ++i) out[start + i] = to_byte(sums[i]);
+        }
+    }
+
+private:
+    const Taps& taps_;
+};
+
+template <class Value>
+void scalar_cut_as(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
+                   const uint8_t* table) {
+    constexpr int64_t kSide = 14, kBytes = sizeof(Value);
+    for (int64_t column = 0; column < columns; ++column, row += kSide * channels, out += patch_stride)
+        for (int c = 0; c < 3; ++c)
+            for (int64_t x = 0; x < kSide; ++x) {
+                const uint8_t* byte = row + x * channels + c;
+                std::memcpy(out + c * plane_stride + x * kBytes, table ? table + *byte * kBytes : byte, kBytes);
+            }
+}
+
+void scalar_cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
+                const Values& values) {
+    const auto cut_as = values.bytes == 4 ? scalar_cut_as<uint32_t> : values.bytes == 2 ? scalar_cut_as<uint16_t> : scalar_cut_as<uint8_t>;
+    cut_as(row, channels, columns, out, patch_stride, plane_stride, values.table);
+}
+
+std::vector<const Kernels*> fastest_first() {
+    std::vector<const Kernels*> here;
+    for (const Kernels* candidate : {
+#if defined(__x86_64__)
+             &vnni_kernels, &avx2_kernels,
+#endif
+             &scalar_kernels, &portable_kernels,
+         })
+        if (candidate->runs_here()) here.push_back(candidate);
+    return here;
+}
+
+const Kernels* named(const std::string& name, const std::string& who) {
+    std::string names;
+    for (const Kernels* candidate : fastest_first()) {
+        if (candidate->name == name) return candidate;
+        names += (names.empty() ? "'" : ", '") + std::string(candidate->name) + "'";
+    }
+    throw std::invalid_argument(who + " is '" + name + "', expected one that this CPU runs: " + names);
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels scalar_kernels{
+    "scalar",
+    [] { return true; },
+    [](const Taps& taps, int channels) -> std::unique_ptr<HorizontalPass> { return std::make_unique<ScalarHorizontal>(taps, channels); },
+    [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<ScalarVertical>(taps); },
+    scalar_cut,
+};
+
+const Kernels& kernels() {
+    const Kernels* current = chosen.load();
+    if (!current) {
+        const char* name = std::getenv("IDEFICS2_FAST_SIMD");
+        current = name && *name ? named(name, "IDEFICS2_FAST_SIMD") : fastest_first().front();
+        chosen.store(current);
+    }
+    return *current;
+}
+
+void use_kernels(const std::string& name) { chosen.store(named(name, "simd")); }
+
+std::vector<std::string> kernels_here() {
+    std::vector<std::string> names;
+    for (const Kernels* candidate : fastest_first()) names.emplace_back(candidate->name);
+    return names;
+}
+
+int64_t Taps::most() const {
+    int64_t most = 0;
+    for (int64_t output = 0; output < outputs(); ++output) most = std::max(most, count(output));
+    return most;
+}
+
+// Pillow's precompute_coeffs and normalize_coeffs_8bpc. Every operation rounds as it does there: no fused multiply-add, no reordering.
+Taps bilinear_taps(int64_t input, int64_t output, int64_t needed) {
+    assert(0 < needed && needed <= output && 0 < input);
+    Taps taps;
+    taps.input = input;
+    if (input == output) return taps;
+    const double scale = static_cast<double>(input) / static_cast<double>(output);
+    const double support = std::max(scale, 1.0);
+    const double inverse = 1.0 / support;
+    std::vector<double> window;
+    for (int64_t x = 0; x < needed; ++x) {
+        const double center = (static_cast<double>(x) + 0.5) * scale;
+        const int64_t first = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
+        const int64_t end = std::min(static_cast<int64_t>(center + support + 0.5), input);
+        window.clear();
+        double sum = 0.0;
+        for (int64_t i = 0; i < end - first; ++i) {
+            const double distance = std::abs((static_cast<double>(i + first) - center + 0.5) * inverse);
+            window.push_back(distance < 1.0 ? 1.0 - distance : 0.0);
+            sum += window.back();
+        }
+        taps.first.push_back(first);
+        taps.begin.push_back(static_cast<int64_t>(taps.weights.size()));
+        for (const double weight : window) {
+            const double normalised = sum != 0.0 ? weight / sum : weight;
+            taps.weights.push_back(static_cast<int32_t>(0.5 + normalised * (1 << kWeightBits)));
+        }
+    }
+    taps.begin.push_back(static_cast<int64_t>(taps.weights.size()));
+    return taps;
+}
+
+Resampler::Resampler(Size input, Size output, Size needed, int channels, PassOrder order, const Kernels& with)
+    : columns_(bilinear_taps(input.width, output.width, needed.width)),
+      rows_(bilinear_taps(input.height, output.height, needed.height)),
+      needed_(needed) {
+    const int64_t fewer_rows = input.height - output.height, fewer_columns = input.width - output.width;
+    vertical_first_ = order == PassOrder::shrinking_first && fewer_rows > 0 && fewer_rows > 2 * fewer_columns;
+    if (!columns_.identity()) horizontal_ = with.horizontal(columns_, channels);
+    if (!rows_.identity()) vertical_ = with.vertical(rows_);
+}
+
+void Resampler::run(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
+    assert(0 <= first && first <= last && last <= needed_.height);
+    assert(source.size.height == rows_.input && source.size.width == columns_.input);
+    if (first == last) return;
+    if (columns_.identity()) {
+        run_vertical(source, first, last, sink);
+    } else if (rows_.identity() || vertical_first_) {
+        run_horizontal_last(source, first, last, sink);
+    } else {
+        run_horizontal_first(source, first, last, sink);
+    }
+}
+
+namespace {
+
+// The rows of an output, and after them the last one again, as a vertical pass wants them.
+template <class RowAt>
+void list_rows(const Taps& taps, int64_t output, std::vector<const uint8_t*>& list, const RowAt& row_at) {
+    list.clear();
+    for (int64_t y = taps.first[output]; y < taps.end(output); ++y) list.push_back(row_at(y));
+    list.insert(list.end(), VerticalPass::kSpareRows, list.back());
+}
+
+}  // namespace
+
+void Resampler::run_vertical(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
+    const int64_t bytes = needed_.width * source.channels;
+    std::vector<const uint8_t*> list;
+    std::vector<uint8_t> row(rows_.identity() ? 0 : bytes + kRowPadding);
+    for (int64_t y = first; y < last; ++y) {
+        if (rows_.identity()) {
+            sink(y, source.row(y), source.channels);
+            continue;
+        }
+        list_rows(rows_, y, list, [&](int64_t at) { return source.row(at); });
+        vertical_->run(y, list.data(), bytes, row.data());
+        sink(y, row.data(), source.channels);
+    }
+}
+
+void Resampler::run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
+    constexpr int kBlock = HorizontalPass::kBlock;
+    const int64_t source_bytes = source.size.width * source.channels;
+    const int64_t in_stride = source_bytes + kRowPadding, out_stride = needed_.width * 3 + kRowPadding;
+    std::vector<uint8_t> between(rows_.identity() ? 0 : kBlock * in_stride), resized(kBlock * out_stride);
+    std::vector<const uint8_t*> list;
+    for (int64_t y = first; y < last; y += kBlock) {
+        const uint8_t* in[kBlock];
+        uint8_t* out[kBlock];
+        const int64_t rows = std::min<int64_t>(kBlock, last - y);
+        for (int64_t i = 0; i < rows; ++i) {
+            out[i] = resized.data() + i * out_stride;
+            in[i] = rows_.identity() ? source.row(y + i) : between.data() + i * in_stride;
+            if (rows_.identity()) continue;
+            list_rows(rows_, y + i, list, [&](int64_t at) { return source.row(at); });
+            vertical_->run(y + i, list.data(), source_bytes, between.data() + i * in_stride);
+        }
+        std::fill(in + rows, in + kBlock, in[rows - 1]);
+        std::fill(out + rows, out + kBlock, out[rows - 1]);
+        horizontal_->run(in, out);
+        for (int64_t i = 0; i < rows; ++i) sink(y + i, out[i], 3);
+    }
+}
+
+void Resampler::run_horizontal_first(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
+    constexpr int kBlock = HorizontalPass::kBlock;
+    const int64_t bytes = needed_.width * 3, stride = bytes + kRowPadding;
+    const int64_t kept = rows_.most() + kBlock;  // a block is made when its first row is wanted, while all rows before it may be in use
+    std::vector<uint8_t> ring(kept * stride), row(stride);
+    std::vector<const uint8_t*> list;
+    const auto slot = [&](int64_t at) { return ring.data() + at % kept * stride; };
+    int64_t next = rows_.first[first];
+    const int64_t end = rows_.end(last - 1);
+    for (int64_t y = first; y < last; ++y) {
+        while (next < rows_.end(y)) {
+            const uint8_t* in[kBlock];
+            uint8_t* out[kBlock];
+            for (int64_t i = 0; i < kBlock; ++i) {
+                const int64_t at = std::min(next + i, end - 1);
+                in[i] = source.row(at);
+                out[i] = slot(at);
+            }
+            horizontal_->run(in, out);
+            next = std::min(next + kBlock, end);
+        }
+        list_rows(rows_, y, list, slot);
+        vertical_->run(y, list.data(), bytes, row.data());
+        sink(y, row.data(), 3);
+    }
+}
+
+}  // namespace idefics2
