@@ -14,7 +14,6 @@ from idefics2_fast.config import VisionConfig
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.layers import Embedding, Linear, add, by_rows
 
-
 # Patches that go through the tower together on a CPU without gradients. Activations of more than some 30 MB would be returned to the
 # system and faulted in anew by every operation; a few images are enough rows for the matrix products.
 PATCHES = 4096
