@@ -103,6 +103,10 @@ def _on_cpu(device: str, dtype: torch.dtype, width: int) -> bool:
     return device == "cpu"
 
 
+def _fp32_on_cpu(device: str, dtype: torch.dtype, width: int) -> bool:
+    return device == "cpu" and dtype == torch.float32
+
+
 def _upcasts(device: str, dtype: torch.dtype, width: int) -> bool:
     return _linear.needs_upcast(device, dtype)
 
@@ -133,6 +137,7 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Tensor]]]] = {
     },
     "linear": {
         "upcast": (_upcasts, _linear.upcast),
+        "cpu": (_fp32_on_cpu, _linear.cpu),
         "torch": (_always, F.linear),
         "reference": (_always, _linear.reference),
     },

@@ -119,6 +119,17 @@ def test_upcast_linear(rows, dtype):
     assert ((linear.upcast(x, weight, bias).double() - expected).abs() <= bound * (1 if rows > linear.FEW_ROWS else 2)).all()
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, linear.TURNED_ROWS, linear.TURNED_ROWS + 1])
+@pytest.mark.parametrize("shape", [(48, 40), (linear.TALL * linear.WIDE, linear.WIDE)], ids=["square", "tall"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows_on_a_cpu(rows, shape, biased):
+    x, weight, bias = draw(rows, shape[1]), draw(*shape, seed=1), draw(shape[0], seed=2) if biased else None
+    with torch.no_grad():
+        actual = linear.cpu(x.float(), weight.float(), None if bias is None else bias.float())
+    assert actual.is_contiguous()
+    close(actual, linear.reference(x, weight, bias), FP32)
+
+
 def test_upcast_linear_gradients():
     x, weight, bias = (
         draw(*shape, seed=i).bfloat16().requires_grad_() for i, shape in enumerate([(40, 32), (linear.BLOCK + 8, 32), (linear.BLOCK + 8,)])
