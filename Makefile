@@ -31,14 +31,16 @@ test-all: lint ## lint, then every test, the slow ones too, and the checks of th
 	@$(MAKE) --no-print-directory sanitize fuzz
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
-CHECKED := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -w $(CHECKS)
+CHECKED := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -w $(CHECKS)
 SANITIZED := build/sanitized/idefics2_fast
 
 sanitize: $(SANITIZED)/_C.so ## the image tests with csrc/ under AddressSanitizer and UndefinedBehaviorSanitizer
 	@ln -sf $(CURDIR)/idefics2_fast/*.py $(SANITIZED) && ln -sfn $(CURDIR)/kernels $(CURDIR)/training $(CURDIR)/benchmarks $(SANITIZED)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=build/sanitized $(RUN) pytest -q -m "not slow" -k "not test_the_pool" $(SANITIZED_TESTS)
+		PYTHONPATH=build/sanitized $(RUN) pytest -q -m "not slow" -k "not ($(TOO_SLOW))" $(SANITIZED_TESTS)
 
+# Under the sanitizers these alone take minutes, or bring a sanitizer of their own.
+TOO_SLOW := random_sizes or on_every_path or test_the_pool
 SANITIZED_TESTS := $(wildcard tests/test_geometry.py tests/test_images.py tests/test_resample.py tests/test_threads.py tests/test_image_processor.py tests/test_traps.py)
 
 $(SANITIZED)/_C.so: $(patsubst csrc/%.cpp,build/sanitized/%.o,$(wildcard csrc/*.cpp))
