@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from idefics2_fast import _C
-from idefics2_fast.images import PASS_ORDER, _decode, _one_block
+from idefics2_fast.images import PASS_ORDER, decode, one_block
 
 BILINEAR = Image.Resampling.BILINEAR
 ORDERS = {"pil": PASS_ORDER, "torchvision": "horizontal-first"}  # of a resize's passes, and the names of the matches
@@ -55,7 +55,7 @@ def _processor_class() -> type:
         match = "pil"
 
         def fetch_images(self, images: Any) -> Any:
-            with _one_block(), ThreadPoolExecutor(_C.num_threads()) as threads:
+            with one_block(), ThreadPoolExecutor(_C.num_threads()) as threads:
                 return _map(Future.result, _map(threads.submit, _calls(super().fetch_images, images)))
 
         def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **settings: Any) -> list[list[np.ndarray]]:
@@ -65,7 +65,7 @@ def _processor_class() -> type:
         def process_image(self, image: Any, do_convert_rgb: bool | None = None, **settings: Any) -> np.ndarray:
             """[3, H, W]; of an opened image, where Pillow allows it, a view."""
             if do_convert_rgb and isinstance(image, Image.Image):
-                return _decode(image, "the PIL image")[..., :3].transpose(2, 0, 1)
+                return decode(image, "the PIL image")[..., :3].transpose(2, 0, 1)
             return super().process_image(image, do_convert_rgb=do_convert_rgb, **settings)
 
         def _preprocess(self, images: list[list[np.ndarray]], *, match: str, return_tensors: Any, **settings: Any) -> BatchFeature:

@@ -258,7 +258,7 @@ def _open(source: ImageSource, max_pixels: int) -> _Opened:
         return _Opened(source.shape[:2], lambda: _pixels_of_array(source))
     if isinstance(source, Image.Image):
         _require_pixels(source.height, source.width, max_pixels)
-        return _Opened((source.height, source.width), lambda: _decode(source, "the PIL image"))
+        return _Opened((source.height, source.width), lambda: decode(source, "the PIL image"))
     if isinstance(source, bytes):
         return _open_file(source, f"the file of {len(source)} bytes", max_pixels)
     if isinstance(source, str | os.PathLike):
@@ -282,7 +282,7 @@ def _open_file(data: bytes, name: str, max_pixels: int) -> _Opened:
     def read() -> np.ndarray:
         with _decoding_errors_name(name):
             ImageOps.exif_transpose(image, in_place=True)
-        return _decode(image, name)
+        return decode(image, name)
 
     return _Opened((image.width, image.height) if turned else (image.height, image.width), read)
 
@@ -290,7 +290,7 @@ def _open_file(data: bytes, name: str, max_pixels: int) -> _Opened:
 @contextmanager
 def _decoding_errors_name(name: str) -> Iterator[None]:
     try:
-        with _one_block():
+        with one_block():
             yield
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image in any format that Pillow reads") from None
@@ -308,7 +308,7 @@ _block_before = 0
 
 
 @contextmanager
-def _one_block() -> Iterator[None]:
+def one_block() -> Iterator[None]:
     """Within it Pillow makes images in one piece, which alone can be read where they lie. Larger ones than 16 MiB would be in several."""
     global _block_users, _block_before
     if not hasattr(Image.core, "set_use_block_allocator"):
@@ -328,7 +328,7 @@ def _one_block() -> Iterator[None]:
                 Image.core.set_use_block_allocator(_block_before)
 
 
-def _decode(image: Image.Image, name: str) -> np.ndarray:
+def decode(image: Image.Image, name: str) -> np.ndarray:
     with _decoding_errors_name(name):
         image = _rgb(image)
         try:

@@ -9,14 +9,10 @@ import torch
 from support.hf_images import hf_patches
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
-from idefics2_fast.benchmarks import rivals
+from idefics2_fast.benchmarks import images, rivals
+from idefics2_fast.benchmarks.images import FLOOR, HF, TORCHVISION, Need, Row, Suite
 from idefics2_fast.benchmarks.memory_floor import memory_floor
 from idefics2_fast.benchmarks.rivals import Rival, packed
-
-pytest.importorskip("idefics2_fast.benchmarks.timing")
-
-from idefics2_fast.benchmarks import images
-from idefics2_fast.benchmarks.images import FLOOR, HF, TORCHVISION, Need, Row, Suite
 from idefics2_fast.benchmarks.timing import Measurement, Watch
 
 
