@@ -17,11 +17,10 @@ uint8_t to_byte(uint32_t sum) { return static_cast<uint8_t>(std::min<uint32_t>(s
 
 class ScalarHorizontal final : public HorizontalPass {
 public:
-    ScalarHorizontal(const Taps& taps, int channels) : taps_(taps), channels_(channels) {}
+    ScalarHorizontal(const Taps& taps, int channels) : HorizontalPass(1), taps_(taps), channels_(channels) {}
 
     void run(const uint8_t* const* in, uint8_t* const* out) const override {
-        for (int i = 0; i < kBlock; ++i)
-            if (i == 0 || out[i] != out[i - 1]) run_row(in[i], out[i]);
+        run_row(*in, *out);
     }
 
 private:
@@ -225,15 +224,14 @@ void Resampler::run_vertical(const Source& source, int64_t first, int64_t last, 
 }
 
 void Resampler::run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
-    constexpr int kBlock = HorizontalPass::kBlock;
+    const int block = horizontal_->block;
     const int64_t source_bytes = source.size.width * source.channels;
     const int64_t in_stride = source_bytes + kRowPadding, out_stride = needed_.width * 3 + kRowPadding;
-    std::vector<uint8_t> between(rows_.identity() ? 0 : kBlock * in_stride), resized(kBlock * out_stride);
-    std::vector<const uint8_t*> list;
-    for (int64_t y = first; y < last; y += kBlock) {
-        const uint8_t* in[kBlock];
-        uint8_t* out[kBlock];
-        const int64_t rows = std::min<int64_t>(kBlock, last - y);
+    std::vector<uint8_t> between(rows_.identity() ? 0 : block * in_stride), resized(block * out_stride);
+    std::vector<const uint8_t*> list, in(block);
+    std::vector<uint8_t*> out(block);
+    for (int64_t y = first; y < last; y += block) {
+        const int64_t rows = std::min<int64_t>(block, last - y);
         for (int64_t i = 0; i < rows; ++i) {
             out[i] = resized.data() + i * out_stride;
             in[i] = rows_.identity() ? source.row(y + i) : between.data() + i * in_stride;
@@ -241,33 +239,32 @@ void Resampler::run_horizontal_last(const Source& source, int64_t first, int64_t
             list_rows(rows_, y + i, list, [&](int64_t at) { return source.row(at); });
             vertical_->run(y + i, list.data(), source_bytes, between.data() + i * in_stride);
         }
-        std::fill(in + rows, in + kBlock, in[rows - 1]);
-        std::fill(out + rows, out + kBlock, out[rows - 1]);
-        horizontal_->run(in, out);
+        std::fill(in.begin() + rows, in.end(), in[rows - 1]);
+        std::fill(out.begin() + rows, out.end(), out[rows - 1]);
+        horizontal_->run(in.data(), out.data());
         for (int64_t i = 0; i < rows; ++i) sink(y + i, out[i], 3);
     }
 }
 
 void Resampler::run_horizontal_first(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
-    constexpr int kBlock = HorizontalPass::kBlock;
+    const int block = horizontal_->block;
     const int64_t bytes = needed_.width * 3, stride = bytes + kRowPadding;
-    const int64_t kept = rows_.most() + kBlock;  // a block is made when its first row is wanted, while all rows before it may be in use
+    const int64_t kept = rows_.most() + block;  // a block is made when its first row is wanted, while all rows before it may be in use
     std::vector<uint8_t> ring(kept * stride), row(stride);
-    std::vector<const uint8_t*> list;
+    std::vector<const uint8_t*> list, in(block);
+    std::vector<uint8_t*> out(block);
     const auto slot = [&](int64_t at) { return ring.data() + at % kept * stride; };
     int64_t next = rows_.first[first];
     const int64_t end = rows_.end(last - 1);
     for (int64_t y = first; y < last; ++y) {
         while (next < rows_.end(y)) {
-            const uint8_t* in[kBlock];
-            uint8_t* out[kBlock];
-            for (int64_t i = 0; i < kBlock; ++i) {
+            for (int64_t i = 0; i < block; ++i) {
                 const int64_t at = std::min(next + i, end - 1);
                 in[i] = source.row(at);
                 out[i] = slot(at);
             }
-            horizontal_->run(in, out);
-            next = std::min(next + kBlock, end);
+            horizontal_->run(in.data(), out.data());
+            next = std::min(next + block, end);
         }
         list_rows(rows_, y, list, slot);
         vertical_->run(y, list.data(), bytes, row.data());

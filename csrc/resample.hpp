@@ -50,12 +50,13 @@ struct Taps {
 // Taps of the first `needed` of `output` pixels that `input` pixels are resized to.
 Taps bilinear_taps(int64_t input, int64_t output, int64_t needed);
 
-// One pass along the rows, on kBlock rows at once.
+// One pass along the rows, on `block` rows at once.
 class HorizontalPass {
 public:
-    static constexpr int kBlock = 4;
+    const int block;
+    explicit HorizontalPass(int rows) : block(rows) {}
     virtual ~HorizontalPass() = default;
-    // in: kBlock rows of taps.input pixels; out: kBlock rows of taps.outputs() RGB pixels and kRowPadding. Rows may be given twice.
+    // in: `block` rows of taps.input pixels; out: `block` rows of taps.outputs() RGB pixels and kRowPadding. Rows may be given twice.
     virtual void run(const uint8_t* const* in, uint8_t* const* out) const = 0;
 };
 
