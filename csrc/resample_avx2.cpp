@@ -254,57 +254,10 @@ private:
     const std::unique_ptr<VerticalPass> plain_;  // for rows shorter than a vector
 };
 
-// The writers take 16 bytes, of which 14 are a channel's, and write exactly 14 values, for the neighbours belong to others: two
-// overlapping halves, bytes 0 .. 7 and 6 .. 13.
-struct WriteBytes {
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), plane);
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 6), _mm_srli_si128(plane, 6));
-    }
-};
-
-// x * 2 / 255 - 1 with 2 / 255 in two floats: for each of the 256 bytes this rounds to Hugging Face's value.
-AVX2 inline __m256 normalised(__m128i eight_bytes) {
-    constexpr float kUpper = static_cast<float>(2 / 255.0), kLower = static_cast<float>(2 / 255.0 - kUpper);
-    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight_bytes));
-    const __m256 scaled = _mm256_fmadd_ps(x, _mm256_set1_ps(kUpper), _mm256_mul_ps(x, _mm256_set1_ps(kLower)));
-    return _mm256_sub_ps(scaled, _mm256_set1_ps(1.0f));
-}
-
-struct WriteFloats {
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
-        _mm256_storeu_ps(reinterpret_cast<float*>(out), normalised(plane));
-        _mm256_storeu_ps(reinterpret_cast<float*>(out + 6 * sizeof(float)), normalised(_mm_srli_si128(plane, 6)));
-    }
-};
-
-struct WriteBfloats {
-    AVX2 static __m256i rounded(__m256 values) {
-        const __m256i bits = _mm256_castps_si256(values);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
-    }
-
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
-        const __m256i mixed = _mm256_packus_epi32(rounded(normalised(plane)), rounded(normalised(_mm_srli_si128(plane, 6))));
-        const __m256i halves = _mm256_permute4x64_epi64(mixed, 0b11011000);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(halves));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 6 * 2), _mm256_extracti128_si256(halves, 1));
-    }
-};
-
-template <class Value>
-struct WriteFromTable {
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values& values) {
-        uint8_t bytes[16];
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), plane);
-        for (int x = 0; x < 14; ++x) std::memcpy(out + x * sizeof(Value), values.table + bytes[x] * sizeof(Value), sizeof(Value));
-    }
-};
-
 // Takes the channels' 14 bytes each out of 14 pixels, which fill `channels` loads: the last one overlaps, so that none passes the end.
-template <int channels, class Writer>
-AVX2 void cut_as(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values) {
+// A store of 16 bytes runs into the next row of the patch, which is written after it; the patch's last row is stored in two halves.
+template <int channels>
+AVX2 void cut_channels(const uint8_t* const* rows, int64_t columns, uint8_t* out) {
     int64_t starts[channels];
     __m128i masks[3][channels];
     for (int i = 0; i < channels; ++i) {
@@ -318,30 +271,66 @@ AVX2 void cut_as(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patc
             masks[c][i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
         }
     }
-    for (int64_t column = 0; column < columns; ++column, row += 14 * channels, out += patch_stride) {
-        __m128i loads[channels];
-        for (int i = 0; i < channels; ++i) loads[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + starts[i]));
-        for (int c = 0; c < 3; ++c) {
-            __m128i plane = _mm_shuffle_epi8(loads[0], masks[c][0]);
-            for (int i = 1; i < channels; ++i) plane = _mm_or_si128(plane, _mm_shuffle_epi8(loads[i], masks[c][i]));
-            Writer::write(plane, out + c * plane_stride, values);
-        }
+    for (int64_t x = 0; x < columns * kPatchSide * channels; x += kPatchSide * channels) {
+        const auto plane = [&](int64_t y, int c) AVX2 {
+            __m128i bytes = _mm_setzero_si128();
+            for (int i = 0; i < channels; ++i) {
+                const __m128i pixels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[y] + x + starts[i]));
+                bytes = _mm_or_si128(bytes, _mm_shuffle_epi8(pixels, masks[c][i]));
+            }
+            return bytes;
+        };
+        for (int c = 0; c < 3; ++c)
+            for (int64_t y = 0; y < kPatchSide; ++y, out += kPatchSide)
+                if (c < 2 || y + 1 < kPatchSide) _mm_storeu_si128(reinterpret_cast<__m128i*>(out), plane(y, c));
+        const __m128i last = plane(kPatchSide - 1, 2);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out - 14), last);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out - 8), _mm_srli_si128(last, 6));
     }
 }
 
-using Cut = void (*)(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values);
-
-template <int channels>
-Cut cut_for(const Values& values) {
-    if (!values.table) return cut_as<channels, WriteBytes>;
-    if (values.normalised) return values.bytes == 4 ? cut_as<channels, WriteFloats> : cut_as<channels, WriteBfloats>;
-    if (values.bytes == 4) return cut_as<channels, WriteFromTable<uint32_t>>;
-    return values.bytes == 2 ? cut_as<channels, WriteFromTable<uint16_t>> : cut_as<channels, WriteFromTable<uint8_t>>;
+void cut(const uint8_t* const* rows, int channels, int64_t columns, uint8_t* out) {
+    (channels == 3 ? cut_channels<3> : cut_channels<4>)(rows, columns, out);
 }
 
-void cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values) {
-    const Cut cut = channels == 3 ? cut_for<3>(values) : cut_for<4>(values);
-    cut(row, columns, out, patch_stride, plane_stride, values);
+// x * 2 / 255 - 1 with 2 / 255 in two floats: for each of the 256 bytes this rounds to Hugging Face's value.
+AVX2 inline __m256 normalised(const uint8_t* eight_bytes) {
+    constexpr float kUpper = static_cast<float>(2 / 255.0), kLower = static_cast<float>(2 / 255.0 - kUpper);
+    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight_bytes))));
+    const __m256 scaled = _mm256_fmadd_ps(x, _mm256_set1_ps(kUpper), _mm256_mul_ps(x, _mm256_set1_ps(kLower)));
+    return _mm256_sub_ps(scaled, _mm256_set1_ps(1.0f));
+}
+
+AVX2 inline __m256i bfloat16_bits(__m256 values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+}
+
+AVX2 void convert(const uint8_t* bytes, int64_t count, uint8_t* out, const Values& values) {
+    constexpr int64_t kAtOnce = 16;
+    int64_t done = 0;
+    if (values.normalised && values.bytes == 4) {
+        // Past the caches where it can be: whoever reads so many floats does it later.
+        const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+        float* to = reinterpret_cast<float*>(out);
+        for (; done + 8 <= count; done += 8) {
+            const __m256 eight = normalised(bytes + done);
+            if (aligned) {
+                _mm_stream_ps(to + done, _mm256_castps256_ps128(eight));
+                _mm_stream_ps(to + done + 4, _mm256_extractf128_ps(eight, 1));
+            } else {
+                _mm256_storeu_ps(to + done, eight);
+            }
+        }
+        _mm_sfence();
+    } else if (values.normalised) {
+        for (; done + kAtOnce <= count; done += kAtOnce) {
+            const __m256i mixed = _mm256_packus_epi32(bfloat16_bits(normalised(bytes + done)), bfloat16_bits(normalised(bytes + done + 8)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * done), _mm256_permute4x64_epi64(mixed, 0b11011000));
+        }
+    }
+    scalar_kernels.convert(bytes + done, count - done, out + values.bytes * done, values);
 }
 
 }  // namespace
@@ -355,6 +344,7 @@ const Kernels avx2_kernels{
     },
     [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<Vertical>(taps); },
     cut,
+    convert,
 };
 
 }  // namespace idefics2
