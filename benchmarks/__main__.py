@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from idefics2_fast.benchmarks import images
 from idefics2_fast.benchmarks.model import SUITES, Case, cases, left_out, load_setting
 from idefics2_fast.benchmarks.record import default_path, device_name, versions, write_records
 from idefics2_fast.benchmarks.report import case_table, records, verdicts
 from idefics2_fast.benchmarks.timing import Measurement, measure
 
+ALL_SUITES = (*SUITES, images.SUITE)
 SETTINGS = {"tiny": (torch.float32,), "small": (torch.float32, torch.bfloat16)}
 
 EXAMPLES = """
@@ -25,6 +27,7 @@ examples:
   python -m idefics2_fast.benchmarks --quick
   python -m idefics2_fast.benchmarks decode --model small
   python -m idefics2_fast.benchmarks encode first_token --out results.jsonl
+  python -m idefics2_fast.benchmarks images
 """
 
 
@@ -37,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held: list[bool] = []
     status = 0
     try:
-        for case, results in _measured(options, device):
+        for case, results, measured_on in _measured(options, device):
             print(f"\n{case_table(case, results)}", flush=True)
             held += [holds for row in case.rows for holds in verdicts(row, results).values()]
             if any(result.wrong for result in results.values()):
                 status = 1
             if path is not None:
-                write_records(path, records(case, results, device))
+                write_records(path, records(case, results, measured_on))
     except KeyboardInterrupt:
         print("\nInterrupted. What stands above was measured.")
         status = 130
@@ -51,22 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Case, dict[str, Measurement]]]:
+def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Case, dict[str, Measurement], torch.device]]:
+    """Each case, its results, and where they were taken: images are prepared on the CPU."""
+    chosen, cpu = options.suites or ALL_SUITES, torch.device("cpu")
     effort = {"seconds": 4, "rounds": (3, 7)} if options.quick else {"seconds": 20, "rounds": (3, 25)}
-    for name in [options.model] if options.model else ["tiny"] if options.quick else list(SETTINGS):
+    of_model = [suite for suite in chosen if suite in SUITES]
+    for name in [] if not of_model else [options.model] if options.model else ["tiny"] if options.quick else list(SETTINGS):
         for dtype in SETTINGS[name]:
             setting = load_setting(name, dtype, device)
-            for suite in options.suites or SUITES:
+            for suite in of_model:
                 if reason := left_out(suite, setting):
                     print(f"\n{suite}: {setting.name} is left out: {reason}")
                     continue
                 for case in islice(cases(suite, setting), 1 if options.quick else None):
-                    yield case, measure(case.calls, case.check, device=device, title=f"{suite}, {setting.name}", **effort)
+                    yield case, measure(case.calls, case.check, device=device, title=f"{suite}, {setting.name}", **effort), device
+    if images.SUITE in chosen:
+        with images.prepared() as prepared:
+            for case, _ in islice(prepared.cases(), 1 if options.quick else None):
+                yield case, measure(case.calls, case.check, device=cpu, title=case.rows[0].name, **effort), cpu
 
 
 def _suite(name: str) -> str:
-    if name not in SUITES:
-        raise argparse.ArgumentTypeError(f"no suite {name!r}: expected {', '.join(SUITES)}")
+    if name not in ALL_SUITES:
+        raise argparse.ArgumentTypeError(f"no suite {name!r}: expected {', '.join(ALL_SUITES)}")
     return name
 
 
@@ -77,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("suites", nargs="*", type=_suite, metavar="suite", help=f"{', '.join(SUITES)}; all of them where none is named")
+    parser.add_argument("suites", nargs="*", type=_suite, metavar="suite", help=f"{', '.join(ALL_SUITES)}; all of them where none is named")
     parser.add_argument(
         "--quick",
         action="store_true",
