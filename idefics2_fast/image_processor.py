@@ -54,6 +54,10 @@ def _processor_class() -> type:
         valid_kwargs = Kwargs
         match = "pil"
 
+        def to_dict(self) -> dict[str, Any]:
+            """As transformers' class; `match` where it is not the default."""
+            return {name: value for name, value in super().to_dict().items() if (name, value) != ("match", "pil")}
+
         def fetch_images(self, images: Any) -> Any:
             with one_block(), ThreadPoolExecutor(_C.num_threads()) as threads:
                 return _map(Future.result, _map(threads.submit, _calls(super().fetch_images, images)))

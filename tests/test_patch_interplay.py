@@ -31,6 +31,7 @@ from support.patched import (
 from torch import nn
 
 import idefics2_fast
+from idefics2_fast.benchmarks.local_checkpoint import write_processor
 from idefics2_fast.patching import ledger, liger
 
 
@@ -333,19 +334,27 @@ def test_compiled(model):
 
 
 def test_copies_and_pickles():
+    """Both are patched as the model is; a copy is undone with it, a pickle may be patched anew."""
     model, inputs = with_adapter(fresh(), use_dora=True), inputs_of()
     expected = trained(model, inputs)
     with idefics2_fast.patch(model):
-        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    for other in copies:
-        assert worst(trained(other, inputs), expected)[0] <= TOLERANCE
+        twin, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in (twin, pickled):
+            assert worst(trained(other, inputs), expected)[0] <= TOLERANCE
+            with torch.no_grad():
+                assert other.train()(**inputs).logits is None
         with torch.no_grad():
-            assert other.train()(**inputs).logits is None  # patched still
-            for parameter in other.parameters():
+            for parameter in pickled.parameters():
                 parameter.zero_()
-        with pytest.raises(ValueError, match="patched already"):
-            idefics2_fast.patch(other)
     assert worst(trained(model, inputs), expected)[0] <= 1e-6
+    with torch.no_grad():
+        assert twin.train()(**inputs).logits is not None
+    for other in (twin, pickled):
+        idefics2_fast.patch(other).undo()
+        plain = vars(model.get_base_model())
+        assert vars(other.get_base_model()).keys() == plain.keys()
+        kinds = {type(variant).__name__ for module in other.modules() for variant in getattr(module, "lora_variant", {}).values()}
+        assert kinds == {"DoraLinearVariant"}
 
 
 def test_several_models(model):
@@ -609,3 +618,123 @@ def test_a_padded_batch_of_small_images_is_what_the_helper_makes():
     """Guards the comparisons above: several sizes, some rows without images, padding on both axes."""
     inputs = to_hf([sample([(56, 84)], TINY), sample([(98, 42)], TINY)])
     assert inputs["pixel_attention_mask"].flatten(2).sum(-1).tolist() == [[56 * 84], [98 * 42]]
+
+
+def test_accelerate_s_mixed_precision_is_put_on_and_taken_off():
+    """Its `unwrap_model` looks for the method beneath what it has wrapped."""
+    accelerate = pytest.importorskip("accelerate")
+    model = fresh()
+    inputs = inputs_of()
+    with torch.no_grad():
+        expected = model.train()(**inputs).loss
+    handle = idefics2_fast.patch(model)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(model)
+    with torch.no_grad():
+        assert prepared(**inputs).logits is None
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    with torch.no_grad():
+        output = unwrapped(**inputs)
+    assert output.logits is None
+    assert relative(output.loss, expected) <= TOLERANCE
+    handle.undo()
+    with torch.no_grad():
+        output = unwrapped(**inputs)
+    assert output.logits is not None
+    assert relative(output.loss, expected) <= TOLERANCE
+
+
+def test_copies_of_patched_modules_are_undone_with_them():
+    """PEFT copies a patched module where it trains it whole."""
+    peft = pytest.importorskip("peft")
+    model = fresh()
+    inputs = inputs_of()
+    handle = idefics2_fast.patch(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["modality_projection"]))
+    twin = copy.deepcopy(wrapped)
+    handle.undo()
+    for each in (wrapped, twin):
+        assert not any(True for module in each.modules() for _ in ledger.patched_names(module))
+        with torch.no_grad():
+            assert each.train()(**inputs).logits is not None
+    idefics2_fast.patch(wrapped).undo()
+
+
+def test_pixels_may_want_gradients():
+    model = fresh()
+    inputs = inputs_of()
+    gradients = []
+    for patched in (False, True):
+        handle = idefics2_fast.patch(model) if patched else None
+        pixels = inputs["pixel_values"].clone().requires_grad_()
+        model(**inputs | {"pixel_values": pixels}).loss.backward()
+        gradients.append(pixels.grad)
+        if handle:
+            handle.undo()
+    mask = inputs["pixel_attention_mask"][:, :, None].bool()
+    theirs, ours = (gradient * mask for gradient in gradients)
+    assert relative(ours, theirs) <= TOLERANCE
+
+
+def test_dora_in_evaluation_sees_what_is_written_past_autograd():
+    """As callbacks that average weights write: `.data` leaves no trace on a tensor."""
+    peft = pytest.importorskip("peft")
+    inputs = inputs_of()
+    model = peft.get_peft_model(fresh(), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True))
+    with idefics2_fast.patch(model):
+        model.eval()
+        evaluated(model, inputs)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.add_(0.3)
+        ours = evaluated(model, inputs)
+    assert relative(ours, evaluated(model, inputs)) <= TOLERANCE
+
+
+def test_a_saved_processor_knows_nothing_of_the_patch(tmp_path):
+    from transformers import AutoProcessor
+
+    write_processor(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path / "before")
+    handle = idefics2_fast.patch(fresh(), processor)
+    processor.save_pretrained(tmp_path / "patched")
+    processor.image_processor.do_image_splitting = True
+    handle.undo()
+    assert processor.image_processor.do_image_splitting is True
+    settings = [(tmp_path / name / "processor_config.json").read_text() for name in ("before", "patched")]
+    assert "match" not in settings[1]
+    assert settings[0].replace("ProcessorPil", "Processor") == settings[1].replace("ProcessorPil", "Processor")
+
+
+def test_dora_alone_is_not_patched_twice():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(fresh(), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    off = dict.fromkeys(("attention", "perceiver", "fused_linear_cross_entropy", "neftune", "rms_norm", "swiglu", "rope"), False)
+    with idefics2_fast.patch(model, **off), pytest.raises(ValueError, match="patched already"):
+        idefics2_fast.patch(model, **off)
+
+
+def test_neftune_with_a_mask_that_does_not_tell_padding_is_transformers_own():
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = fresh()
+    inputs = inputs_of("text")
+    length = inputs["input_ids"].shape[1]
+    mask = torch.zeros(inputs["input_ids"].shape[0], 1, length, length).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    embedding = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = 5.0
+    registered = embedding.register_forward_hook(neftune_post_forward_hook)
+    losses = []
+    for patched in (False, True):
+        handle = idefics2_fast.patch(model) if patched else None
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses.append(model.train()(**inputs | {"attention_mask": mask}).loss)
+        if handle:
+            handle.undo()
+    with idefics2_fast.patch(model, strict=True), pytest.raises(ValueError, match="does not tell padding"):
+        model(**inputs | {"attention_mask": mask})
+    registered.remove()
+    del embedding.neftune_noise_alpha
+    assert relative(losses[1], losses[0]) <= TOLERANCE

@@ -21,7 +21,7 @@ from torch import nn
 
 from idefics2_fast.patching.attention import register_attention
 from idefics2_fast.patching.dora import Unsupported, dora_variant
-from idefics2_fast.patching.ledger import Ledger, by_name, fall_back, patched_names
+from idefics2_fast.patching.ledger import Ledger, by_name, fall_back, patched_names, take_off_orphans
 from idefics2_fast.patching.neftune import Neftune
 from idefics2_fast.patching.places import Place, places
 from idefics2_fast.patching.vision import Settings
@@ -119,18 +119,18 @@ def patch(
         raise ValueError(f"there is no Idefics2 in {type(model).__name__}, expected one of transformers' Idefics2 models or a wrapper")
     if _classes is not None or any(True for module in model.modules() for _ in patched_names(module)):
         raise ValueError(f"{type(model).__name__} is patched already: undo that first")
+    take_off_orphans(model)
     handle = Handle()
     if reason := _obstacle():
         return _left(handle, type(model).__name__, reason, strict)
     try:
-        register_attention()
         for place in places(Settings(attention, perceiver, strict), fused_linear_cross_entropy, rms_norm, swiglu, rope):
             _patch_instances(handle, model, place, strict)
         if dora:
             _patch_dora(handle, model, strict)
         if neftune:
             for name, module in models.items():
-                _patch_neftune(handle, name, module, Neftune(length=neftune_length))
+                _patch_neftune(handle, name, module, Neftune(length=neftune_length), strict)
         if image_processor and processor is not None:
             _patch_processor(handle, processor, strict)
         for name, module in model.named_modules():
@@ -163,7 +163,6 @@ def patch_classes(
     handle = Handle()
     if reason := _obstacle():
         return _left(handle, "transformers", reason, strict)
-    register_attention()
     for place in places(Settings(attention, perceiver, strict), fused_linear_cross_entropy, rms_norm, swiglu, rope):
         if not place.obstacle:
             handle.ledger.replace_in_class(place.cls, place.method, place.function)
@@ -212,28 +211,47 @@ def _patch_dora(handle: Handle, model: nn.Module, strict: bool) -> None:
             if "Dora" not in type(theirs).__name__:
                 continue
             try:
-                handle.ledger.put(layer.lora_variant, adapter, dora_variant(layer, adapter))
-                what = "DoRA without the product of its matrices"
+                ours = dora_variant(layer, adapter, strict=strict)
+                ours.ledger = handle.ledger
+                handle.ledger.put(layer.lora_variant, adapter, ours)
+                what = partial(_dora_now, layer, adapter, ours)
             except Unsupported as error:
                 fall_back(str(error), strict=strict)
-                what = f"PEFT's: {error}"
-            handle.lines.append((f"{name}.lora_variant[{adapter}]", partial(str, what)))
+                what = partial("PEFT's: {}".format, error)
+            handle.lines.append((f"{name}.lora_variant[{adapter}]", what))
     if any(".lora_variant[" in name for name, _ in handle.lines):
         handle.ledger.later(OptimizerSteps().remove)
 
 
-def _patch_neftune(handle: Handle, name: str, model: nn.Module, neftune: Neftune) -> None:
-    handle.ledger.replace(model, "forward", partial(neftune_forward, neftune))
+def _dora_now(layer: nn.Module, adapter: str, ours: object) -> str:
+    if layer.lora_variant.get(adapter) is ours:
+        return "DoRA without the product of its matrices"
+    return "PEFT's: the adapter was replaced since" if adapter in layer.lora_variant else "the adapter is gone"
+
+
+def _patch_neftune(handle: Handle, name: str, model: nn.Module, neftune: Neftune, strict: bool) -> None:
+    handle.ledger.replace(model, "forward", partial(neftune_forward, neftune, strict))
     handle.ledger.later(lambda: neftune.undo(model.get_input_embeddings()))
-    handle.lines.append((f"{name}.neftune", partial(str, f"length: {neftune.length}, where transformers' hook is registered")))
+    handle.lines.append((f"{name}.neftune".lstrip("."), partial(str, f"length: {neftune.length}, where transformers' hook is registered")))
 
 
-def neftune_forward(neftune: Neftune, self: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def neftune_forward(neftune: Neftune, strict: bool, self: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Idefics2Model.forward, its embeddings with noise where transformers' hook asks for it."""
     kwargs = by_name(original, args, kwargs)
-    given = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    with neftune.forward(self.get_input_embeddings(), *given):
+    embedding, mask = self.get_input_embeddings(), kwargs.get("attention_mask")
+    if self.training and mask is not None and getattr(mask, "ndim", None) != 2 and neftune.is_asked_for(embedding):
+        fall_back("NEFTune has an attention_mask that is not [B, S] and does not tell padding", strict=strict)
+        neftune.undo(embedding)
         return original(**kwargs)
+    with neftune.forward(embedding, kwargs.get("input_ids"), mask, kwargs.get("position_ids")):
+        return original(**kwargs)
+
+
+def _hand_back(theirs: Any, ours: Any, before: Mapping[str, Any]) -> None:
+    """Settings that were changed while ours stood there are changed for good."""
+    for name, value in vars(ours).items():
+        if name != "match" and (name not in before or before[name] != value):
+            setattr(theirs, name, value)
 
 
 def _patch_processor(handle: Handle, processor: Any, strict: bool) -> None:
@@ -247,6 +265,8 @@ def _patch_processor(handle: Handle, processor: Any, strict: bool) -> None:
             fall_back(f"the image processor is a {type(theirs).__name__}, expected one of Idefics2", strict=strict)
     else:
         settings = {name: value for name, value in theirs.to_dict().items() if name != "image_processor_type"}
-        handle.ledger.put(vars(processor), "image_processor", Idefics2ImageProcessor(**settings, match=match))
+        ours = Idefics2ImageProcessor(**settings, match=match)
+        handle.ledger.put(vars(processor), "image_processor", ours)
+        handle.ledger.later(partial(_hand_back, theirs, ours, dict(vars(ours))))
         what = f"C++, as {type(theirs).__name__} prepares images"
     handle.lines.append(("processor.image_processor", partial(str, what)))

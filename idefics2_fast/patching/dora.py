@@ -28,21 +28,23 @@ class Unsupported(ValueError):
     """A layer whose adapter is left to PEFT; the message says why."""
 
 
-def dora_variant(layer: nn.Module, adapter: str) -> Any:
+def dora_variant(layer: nn.Module, adapter: str, *, strict: bool = False) -> Any:
     """What takes the place of `layer.lora_variant[adapter]`: the same function of the same parameters, without their product.
 
-    Norms are kept between passes as long as a `row_norm.OptimizerSteps` counts.
+    Norms are kept from one optimizer step to the next as long as a `row_norm.OptimizerSteps` counts, and in evaluation under PEFT's
+    `DoraCaching`; else they are computed in every pass.
 
     Args:
         layer: PEFT's wrapper of a linear layer.
         adapter: name of an adapter of it that uses DoRA.
+        strict: raise, in the forward pass as well, where PEFT would compute it.
 
     Raises:
         Unsupported: a ValueError; the layer is not one of those.
     """
     if reason := _obstacle(layer, adapter):
         raise Unsupported(f"adapter {adapter!r} of {type(layer).__name__} is left to PEFT: {reason}")
-    return _variant_class()()
+    return _variant_class()(strict)
 
 
 def _obstacle(layer: nn.Module, adapter: str) -> str:
@@ -77,11 +79,16 @@ def _variant_class() -> type:
     from peft.tuners.lora.variants import DoraLinearVariant
 
     class FactoredDoraVariant(DoraLinearVariant):
-        def __init__(self) -> None:
-            self.norm = RowNorm()
+        def __init__(self, strict: bool) -> None:
+            self.norm, self.strict, self.ledger = RowNorm(), strict, None
+
+        def __getstate__(self) -> dict[str, Any]:
+            return vars(self) | {"ledger": None}
 
         def forward(self, module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
             if reason := _out_of_reach(module, active_adapter):
+                if self.strict:
+                    raise Unsupported(f"DoRA would be computed by PEFT: {reason} (strict=True)")
                 _log_once(f"DoRA is computed by PEFT: {reason}")
                 return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
             return _forward(self.norm, module, active_adapter, x, result)
@@ -94,12 +101,20 @@ def _forward(row_norm: Callable[..., Tensor], layer: nn.Module, adapter: str, x:
     """As PEFT's: x [..., in], the layer's output so far [..., out] -> [..., out]. With dropout, what DoRA adds sees it as a whole."""
     base, dropout, scaling = layer.get_base_layer(), layer.lora_dropout[adapter], layer.scaling[adapter]
     a, b, magnitude = layer.lora_A[adapter], layer.lora_B[adapter].weight, layer.lora_magnitude_vector[adapter].weight
-    norm = row_norm(base.weight, a.weight, b, scaling, layer.training)
+    tensors = base.weight, a.weight, b
+    norm = row_norm(*tensors, scaling, layer.training) if layer.training or _caching() else ops.dora_norm(*tensors, scaling)
     if isinstance(dropout, nn.Identity) or not layer.training:
         return ops.dora_combine(result, a(x), b, magnitude, norm, base.bias, scaling=scaling)
     x = dropout(x)
     seen = F.linear(x.to(base.weight.dtype), base.weight)
     return result - seen + ops.dora_combine(seen, a(x), b, magnitude, norm, scaling=scaling)
+
+
+def _caching() -> bool:
+    """Whether the user has said, by `peft.helpers.DoraCaching`, that nothing is written to weights in evaluation."""
+    from peft.tuners.lora import dora
+
+    return dora.ENABLE_DORA_CACHING
 
 
 def _out_of_reach(layer: nn.Module, adapter: str) -> str:

@@ -99,6 +99,11 @@ class Neftune:
         return noisy.view_as(output)
 
     @staticmethod
+    def is_asked_for(embedding: nn.Module) -> bool:
+        """Whether transformers' hook, or one of ours in its place, stands on the embedding."""
+        return any(isinstance(hook, Neftune) or getattr(hook, "__name__", "") == HOOK for hook in embedding._forward_hooks.values())
+
+    @staticmethod
     def undo(embedding: nn.Module) -> None:
         """Gives transformers' hook its place back, where it is still registered."""
         hooks = embedding._forward_hooks

@@ -24,8 +24,8 @@ from idefics2_fast.patching.dora import Unsupported
 from idefics2_fast.patching.ledger import fall_back, is_plain
 from idefics2_fast.vision import by_total
 
-# Patches that go through together on a CPU without gradients; an image of more goes alone. Fewer than the engine's own: Hugging Face's
-# modules write into fresh memory at every step, and what does not fit the allocator's cache is faulted in anew each time.
+# Patches that go through together on a CPU; an image of more goes alone. Fewer than the engine's own: Hugging Face's modules write into
+# fresh memory at every step, and what does not fit the allocator's cache is faulted in anew each time.
 PATCHES = 1024
 
 
@@ -135,8 +135,8 @@ def _encode(settings: Settings, model: nn.Module, pixels: Tensor, images: Images
 
 
 def _groups(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Images that go through together: on a CPU without gradients a few at a time."""
-    if torch.is_grad_enabled() or device.type != "cpu" or _sharded():
+    """Images that go through together: on a CPU a few at a time."""
+    if device.type != "cpu" or _sharded():
         return [list(lengths)]
     return by_total(list(lengths), PATCHES)
 
@@ -218,12 +218,11 @@ def _rectangles(mask: Tensor) -> list[tuple[int, int]]:
 
 def gather_patches(pixels: Tensor, indices: Sequence[int], grids: Sequence[tuple[int, int]], patch: int, dtype: torch.dtype) -> Tensor:
     """Patches [P, channels * patch * patch] of some of the images [N, channels, H, W], in Conv2d's order."""
-    lengths = [rows * columns for rows, columns in grids]
-    out = pixels.new_empty(sum(lengths), pixels.shape[1] * patch * patch, dtype=dtype)
-    for index, (rows, columns), piece in zip(indices, grids, out.split(lengths), strict=True):
+    pieces = []
+    for index, (rows, columns) in zip(indices, grids, strict=True):
         image = pixels[index, :, : rows * patch, : columns * patch].unflatten(2, (columns, patch)).unflatten(1, (rows, patch))
-        piece.view(rows, columns, -1, patch, patch).copy_(image.permute(1, 3, 0, 2, 4))
-    return out
+        pieces.append(image.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1))
+    return torch.cat(pieces).to(dtype)
 
 
 def pad_rows(packed: Tensor, images: Images) -> Tensor:
