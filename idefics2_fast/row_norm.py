@@ -25,18 +25,23 @@ class OptimizerSteps:
 
     count: ClassVar[int] = 0
     counters: ClassVar[int] = 0
+    hook: ClassVar[Any] = None  # one for all who count
 
     def __init__(self) -> None:
         expire()  # steps before now went uncounted
-        self._hook = register_optimizer_step_post_hook(lambda *_: expire())
+        if OptimizerSteps.hook is None:
+            OptimizerSteps.hook = register_optimizer_step_post_hook(lambda *_: expire())
         OptimizerSteps.counters += 1
+        self._counts = True
 
     def remove(self) -> None:
         """Stops counting; a second call does nothing."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        if self._counts:
+            self._counts = False
             OptimizerSteps.counters -= 1
+        if not OptimizerSteps.counters and OptimizerSteps.hook is not None:
+            OptimizerSteps.hook.remove()
+            OptimizerSteps.hook = None
 
 
 def expire() -> None:

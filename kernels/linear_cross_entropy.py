@@ -138,7 +138,9 @@ def _forward(
             factors = None if row_weights is None else row_weights[chunk]
             total += _losses(logits, targets[chunk], factors, ignore_index, z_loss, wants_hidden or wants_weight).sum()
             if wants_hidden:
-                grad_hidden[chunk] = sum(logits[block].T.to(dtype) @ wide for block, wide in _blocks(weight, dtype))
+                rows_of = buffer[:, : padded.shape[0]]  # a product of two or three rows would sum in another order, less exactly
+                grad_padded = sum(rows_of[block].T.to(dtype) @ wide for block, wide in _blocks(weight, dtype))
+                grad_hidden[chunk] = grad_padded[: h.shape[0]]
             if wants_weight:
                 _multiply(logits.to(dtype), h, out=grad_weight, add=True)
     return total, grad_hidden, grad_weight

@@ -420,8 +420,13 @@ def test_classes():
             assert model.train()(**inputs).logits is None
         with pytest.raises(ValueError, match="patched already"):
             idefics2_fast.patch_classes()
-        with pytest.raises(ValueError, match="patched already"):
-            idefics2_fast.patch(model)
+        adapted = with_adapter(model, use_dora=True)
+        by_peft = trained(adapted, inputs)
+        with idefics2_fast.patch(adapted) as more:  # what belongs to an instance comes on top
+            assert worst(trained(adapted, inputs), by_peft)[0] <= TOLERANCE
+            kinds = set(more.report().values())
+        assert any("DoRA" in kind for kind in kinds)
+        assert not any("packed" in kind for kind in kinds)
         assert "Idefics2VisionAttention" in str(handle.report())
     ignored = "_can_set_attn_implementation_cached_value"
     for cls, had in zip(classes, before, strict=True):
@@ -738,3 +743,22 @@ def test_neftune_with_a_mask_that_does_not_tell_padding_is_transformers_own():
     registered.remove()
     del embedding.neftune_noise_alpha
     assert relative(losses[1], losses[0]) <= TOLERANCE
+
+
+def test_blocks_of_rows_hide_nothing_from_hooks(monkeypatch):
+    """Without gradients row-wise work runs in blocks on a CPU, but not where somebody watches."""
+    from idefics2_fast import layers
+
+    monkeypatch.setattr(layers, "ROWS", 8)
+    model, inputs = fresh(), inputs_of()
+    expected, seen = evaluated(model, inputs), []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: seen.append(output.shape[-2]))
+        for module in (model.model.vision_model.encoder.layers[0].mlp.fc1, model.model.connector.modality_projection.gate_proj)
+    ]
+    with idefics2_fast.patch(model):
+        assert relative(evaluated(model, inputs), expected) <= TOLERANCE
+        assert min(seen) > 8
+        for hook in hooks:
+            hook.remove()
+        assert relative(evaluated(model, inputs), expected) <= TOLERANCE

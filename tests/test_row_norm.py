@@ -137,6 +137,7 @@ def test_a_trained_weights_part_is_not(counted):
 
 def test_nothing_is_kept_where_nobody_counts(computed, monkeypatch):
     monkeypatch.setattr(OptimizerSteps, "counters", 0)  # models of other tests may be patched still
+    monkeypatch.setattr(OptimizerSteps, "hook", None)
     layer = Layer()
     layer()
     layer()

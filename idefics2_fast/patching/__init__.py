@@ -109,6 +109,8 @@ def patch(
         strict: raise where Hugging Face's own path would run in place of what is asked for; otherwise a line is logged.
         neftune_length: "document", or "padded" for the row's length with its padding, as Hugging Face has it.
 
+    Where `patch_classes` has patched the classes, what it did stands, and the parts that belong to instances are added.
+
     Raises:
         ValueError: there is no Idefics2 in `model`, or it is patched already; under `strict`, what cannot be patched.
     """
@@ -117,14 +119,15 @@ def patch(
     models = {name: module for name, module in model.named_modules() if isinstance(module, Idefics2Model)}
     if not models:
         raise ValueError(f"there is no Idefics2 in {type(model).__name__}, expected one of transformers' Idefics2 models or a wrapper")
-    if _classes is not None or any(True for module in model.modules() for _ in patched_names(module)):
+    if any(True for module in model.modules() for _ in patched_names(module)):
         raise ValueError(f"{type(model).__name__} is patched already: undo that first")
     take_off_orphans(model)
     handle = Handle()
     if reason := _obstacle():
         return _left(handle, type(model).__name__, reason, strict)
     try:
-        for place in places(Settings(attention, perceiver, strict), fused_linear_cross_entropy, rms_norm, swiglu, rope):
+        switches = (fused_linear_cross_entropy, rms_norm, swiglu, rope)
+        for place in places(Settings(attention, perceiver, strict), *switches) if _classes is None else ():
             _patch_instances(handle, model, place, strict)
         if dora:
             _patch_dora(handle, model, strict)

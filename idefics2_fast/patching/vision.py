@@ -189,14 +189,13 @@ def find_images(pixel_values: Tensor, pixel_attention_mask: Tensor | None, patch
         real = pixel_values.flatten(2).ne(0).any(-1).flatten().tolist()
         sizes = [(height, width) if there else (0, 0) for there in real]
     elif pixel_attention_mask.shape != (batch, number, height, width):
-        raise Unsupported(f"pixel_attention_mask has shape {list(pixel_attention_mask.shape)}, the pixels {list(pixel_values.shape)}")
+        raise Unsupported("pixel_attention_mask is not of the shape of pixel_values without its channels")
     else:
         sizes = _rectangles(pixel_attention_mask.flatten(0, 1))
     grids = [(rows // patch, columns // patch) for rows, columns in sizes]
     indices = [index for index, (rows, columns) in enumerate(sizes) if rows and columns]
-    small = next((index for index in indices if 0 in grids[index]), None)
-    if small is not None:
-        raise Unsupported(f"image {small} has {sizes[small]} pixels, less than a patch of {patch}")
+    if any(0 in grids[index] for index in indices):
+        raise Unsupported(f"an image has less than a patch of {patch} x {patch} pixels")
     counts = [sum(first <= index < first + number for index in indices) for first in range(0, batch * number, number)]
     return Images(indices, [grids[index] for index in indices], counts, (height // patch, width // patch))
 
@@ -210,9 +209,8 @@ def _rectangles(mask: Tensor) -> list[tuple[int, int]]:
     fits = (in_rows == widths * (row < heights)).all(1) & (in_columns == heights * (column < widths)).all(1)
     fits &= (heights[:, 0] <= mask.shape[1]) & (widths[:, 0] <= mask.shape[2])
     numbers = torch.stack([heights[:, 0], widths[:, 0], fits.long()], dim=1).tolist()
-    wrong = next((index for index, (_, _, fit) in enumerate(numbers) if not fit), None)
-    if wrong is not None:
-        raise Unsupported(f"pixel_attention_mask of image {wrong} is not a rectangle of ones at the top left")
+    if not all(fit for _, _, fit in numbers):
+        raise Unsupported("the pixel_attention_mask of an image is not a rectangle of ones at the top left")
     return [(height, width) for height, width, _ in numbers]
 
 
