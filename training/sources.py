@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from idefics2_fast.training.order import WINDOW
-from idefics2_fast.training.samples import Sample, columns_of, read_row
+from idefics2_fast.training.samples import ImageReference, Sample, Turn, columns_of, read_row
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -331,3 +331,47 @@ class Chain(Source):
     def _find(self, row: int) -> tuple[Source, int]:
         index = bisect_right(self._starts, row) - 1
         return self._sources[index], row - self._starts[index]
+
+
+class Joined(Source):
+    """A source whose rows that ask one question each about the same image files are joined, some of them to a sample of several pairs.
+
+    Every row is read once at the start. An image's bytes are not compared: rows that hold them stay as they are.
+
+    Args:
+        most: pairs in a sample at most.
+    """
+
+    def __init__(self, source: Source, most: int) -> None:
+        self._source = source
+        self._groups: list[list[int]] = []
+        of_images: dict[tuple[ImageReference, ...], list[int]] = {}
+        for row in range(len(source)):
+            images = source.attempt(row, _images_of_single_pair)
+            if isinstance(images, tuple) and len(group := of_images.get(images, [])) in range(1, most):
+                group.append(row)
+                continue
+            self._groups.append([row])
+            if isinstance(images, tuple):
+                of_images[images] = self._groups[-1]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def key(self, row: int) -> str:
+        return self._source.key(self._groups[row][0])
+
+    def place(self, row: int) -> str:
+        return self._source.place(self._groups[row][0])
+
+    def read(self, row: int) -> Sample:
+        first, *others = map(self._source.read, self._groups[row])
+        turns = [Turn(turn.role, tuple(filter(None, turn.pieces))) for other in others for turn in other.turns]
+        return replace(first, turns=(*first.turns, *turns), pairs=True) if others else first
+
+
+def _images_of_single_pair(sample: Sample) -> tuple[ImageReference, ...] | None:
+    """The image files of a sample that is one question, behind its images, and one answer."""
+    pieces = [piece for turn in sample.turns for piece in turn.pieces]
+    single = [turn.role for turn in sample.turns] == ["user", "assistant"] and None not in pieces[len(sample.images) :]
+    return sample.images if single and sample.images and all(isinstance(image, str) for image in sample.images) else None

@@ -11,8 +11,8 @@ from pyarrow import parquet
 from support.corpus import mixed_rows, write_jsonl
 
 from idefics2_fast.training.order import ShuffledRows
-from idefics2_fast.training.samples import Sample
-from idefics2_fast.training.sources import Rejection, RowGroups, Source, check, open_source
+from idefics2_fast.training.samples import Sample, Turn
+from idefics2_fast.training.sources import Joined, Rejection, RowGroups, Source, check, open_source
 
 
 def samples(source: Source) -> list[Sample]:
@@ -175,3 +175,33 @@ def test_a_shuffle_mixes_all_rows_where_any_is_cheap() -> None:
     order = ShuffledRows(np.ones(n, dtype=np.int64), seed=0)
     rows = np.array([order[place][1] for place in range(n)])
     assert abs(np.abs(np.diff(rows)).mean() - n / 3) < 5 * 0.24 * n**0.5
+
+
+def test_rows_that_ask_about_one_image_are_joined() -> None:
+    def row(images: list, *talk: str) -> dict:
+        return {
+            "images": images,
+            "conversations": [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 2, talk, strict=False)],
+        }
+
+    rows = [
+        row(["a.png"], "1?", "one"),
+        row(["b.png"], "2?", "two"),
+        row(["a.png"], "3?", "three"),
+        row(["a.png", "b.png"], "4?", "four"),
+        row(["a.png"], "5?", "five", "6?", "six"),  # turns that build on one another stay together and alone
+        row([], "7?", "seven"),
+        row([], "8?", "eight"),
+        row(["a.png"], "9?", "nine"),
+        row([b"a"], "?", "!"),
+        row([b"a"], "?", "!"),
+        row(["a.png"], "<image> 10?", "ten"),
+        row(["a.png"], "in <image>?", "no"),
+        {},
+    ]
+    joined = Joined(open_source(rows), most=3)
+    assert [joined.key(index) for index in range(len(joined))] == ["0", "1", "3", "4", "5", "6", "8", "9", "10", "11", "12"]
+    questions = ((None, "1?"), ("one",), ("3?",), ("three",), ("9?",), ("nine",))
+    assert joined.read(0) == Sample("0", tuple(map(Turn, ("user", "assistant") * 3, questions)), ("a.png",), pairs=True)
+    assert joined.read(3) == open_source(rows).read(4)
+    assert [rejection.key for rejection in check(joined)] == ["12"]
