@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import torch
+from absl import logging as absl_logging
 
 from idefics2_fast.batch import IGNORED, Batch, find_image_rows
 from idefics2_fast.images import PackedImages, pack_images
@@ -22,6 +22,11 @@ from idefics2_fast.training.order import ShuffledRows
 from idefics2_fast.training.packing import Pack, Packer, balanced_patches
 from idefics2_fast.training.planning import Document, Planner
 from idefics2_fast.training.sources import Rejection, Source
+
+# Grain warns on every rank that it found no profiler of jax.
+absl_logging.get_absl_logger().addFilter(lambda record: "jax profiler" not in record.getMessage())
+
+import grain  # noqa: E402
 
 REPORTED = 20
 PROBED = 512
