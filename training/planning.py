@@ -81,6 +81,8 @@ class Planner:
             raise ValueError(f"upscale_max is {self.upscale_max}, expected {MIN_UPSCALE} or more")
         if self.processor.tokenizer.chat_template is None:
             raise ValueError("the checkpoint has no chat template: training on conversations needs one")
+        # Made here and not when wanted: a new processor adds tokens to the tokenizer, which other threads may not be using then.
+        object.__setattr__(self, "_processors", [replace(self.processor, split_images=split) for split in (False, True)])
 
     def __call__(self, sample: Sample, epoch: int = 0) -> Document:
         """The document of a sample in an epoch.
@@ -120,8 +122,7 @@ class Planner:
     def _tokens_and_labels(self, turns: Sequence[Turn], split: bool) -> tuple[np.ndarray, np.ndarray]:
         """int64 [T] each. The answer and its end token are trained, and EOS after it; the line's end between turns is not."""
         tokenizer = self.processor.tokenizer
-        expand = replace(self.processor, split_images=split)._expand
-        pieces = [(expand(text), trained) for text, trained in self._pieces(turns)]
+        pieces = [(self._processors[split]._expand(text), trained) for text, trained in self._pieces(turns)]
         text = "".join(piece for piece, _ in pieces)
         add_bos = not text.startswith(tokenizer.bos_token)
         encoded = tokenizer(text, add_special_tokens=add_bos, return_offsets_mapping=True)

@@ -1,8 +1,10 @@
 """Samples to documents: the processor's own tokens, answers alone trained, sizes from headers, chance from the key alone."""
 
-import io
+import copy
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from idefics2_fast.batch import IGNORED
 from idefics2_fast.training.order import permutation, uniform
 from idefics2_fast.training.planning import Document, Planner
 from idefics2_fast.training.samples import Sample, read_row
+from idefics2_fast.training.sources import check, open_source
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,21 @@ def test_the_first_answer_token_is_trained_and_the_colon_is_not(planner: Planner
     assert processor.tokenizer.convert_ids_to_tokens(document.token_ids[first - 1 : first + 1].tolist()) == [":", "▁Hi"]
 
 
+def test_checking_data_plans_every_sample(planner: Planner, tmp_path: Path) -> None:
+    rows = [text_row("?", "!") for _ in range(5)]
+    rows[1] |= {"images": ["none.png"]}
+    rows[2] = text_row("word " * 5000, "!")
+    rows[4] = text_row("?", "</s>")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reasons = [rejection.reason for rejection in check(open_source(tmp_path / "a.jsonl"), planner)]
+    expected = [
+        f"line 2: image 0: there is no file {tmp_path / 'none.png'}",
+        "line 3: the sample has 5012 tokens, expected at most 4096: samples are never cut",
+        "line 5: the text holds '</s>', one of the tokenizer's special tokens: expected text without any",
+    ]
+    assert reasons == [f"{tmp_path / 'a.jsonl'}, {reason}" for reason in expected]
+
+
 @pytest.mark.parametrize("token", ["<end_of_utterance>", "</s>", "<s>", "<fake_token_around_image>"])
 def test_text_cannot_pass_for_structure(planner: Planner, token: str) -> None:
     with pytest.raises(ValueError, match=f"the text holds '{token}'"):
@@ -87,8 +105,6 @@ def test_text_cannot_pass_for_structure(planner: Planner, token: str) -> None:
 
 
 def test_a_template_that_looks_at_other_turns_is_refused(planner: Planner, processor: Processor) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{% for message in messages %}", "{% for message in messages %}{{ loop.index }}"
@@ -154,7 +170,7 @@ def test_samples_that_cannot_fit_are_refused_and_not_cut(planner: Planner) -> No
 
 def test_chance_has_the_recipes_shares(planner: Planner) -> None:
     """Half the samples split, half the images scaled up by Triangular(1.5, 2, 2): within 5 standard errors."""
-    n, image = 2000, io.BytesIO(picture(30, 30)).getvalue()
+    n, image = 2000, picture(30, 30)
     documents = [planner(read_row({**text_row("?", "!"), "image": image}, str(index))) for index in range(n)]
     split = np.mean([document.split for document in documents])
     factors = np.array([document.upscale[0] for document in documents])
