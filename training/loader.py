@@ -62,16 +62,17 @@ class Quarantine:
 
     Args:
         path: JSON lines of key and reason are appended to it; None for no file.
+        rows: samples that there are.
         share: of the samples seen, how many may be left out.
-        least: so many may be in any case.
+        least: so many may be in any case, if others remain.
     """
 
-    def __init__(self, path: Path | None, share: float, least: int) -> None:
-        self.path, self.share, self.least = path, share, least
+    def __init__(self, path: Path | None, rows: int, share: float, least: int) -> None:
+        self.path, self.rows, self.share, self.least = path, rows, share, least
         self.reasons: dict[str, str] = {}
 
     def add(self, rejection: Rejection, seen: int) -> None:
-        """Counts a sample, of `seen` different ones so far.
+        """Counts a sample, when `seen` have been so far, the same ones in each epoch.
 
         Raises:
             TooManyRejections: above both limits.
@@ -82,12 +83,12 @@ class Quarantine:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": rejection.key, "reason": rejection.reason}) + "\n")
-        if len(self.reasons) > max(self.least, self.share * seen):
+        seen = min(seen, self.rows)
+        limit = min(max(self.least, int(self.share * seen)), self.rows - 1)
+        if len(self.reasons) > limit:
             listed = "\n".join(list(self.reasons.values())[:REPORTED])
             more = f"\n... and {len(self.reasons) - REPORTED} more" if len(self.reasons) > REPORTED else ""
-            raise TooManyRejections(
-                f"{len(self.reasons)} of {seen} samples cannot be used, expected at most {self.least} or {self.share:.2%}:\n{listed}{more}"
-            )
+            raise TooManyRejections(f"{len(self.reasons)} of {seen} samples cannot be used, expected at most {limit}:\n{listed}{more}")
 
 
 class Loader:
@@ -133,7 +134,7 @@ class Loader:
             raise ValueError(f"rank {rank} of {world_size} has no even share of {packs} packs: expected a multiple of the world size")
         self.planner, self.source, self.slice = planner, source, slice(rank * packs // world_size, (rank + 1) * packs // world_size)
         self._identity = {"seed": planner.seed, "rows": len(source), "packs": packs, "tokens": planner.tokens, "patches": planner.patches}
-        limits = (max_rejected, least_rejected)
+        limits = (len(source), max_rejected, least_rejected)
         self._undecoded, self._n_decoded = Quarantine(quarantine, *limits), 0
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         plans = grain.MapDataset.source(_Plans(source, planner, epochs))
@@ -143,7 +144,6 @@ class Loader:
             packs,
             Packer(planner.tokens, planner.patches, max_open),
             Quarantine(quarantine if rank == 0 else None, *limits),
-            len(source),
         )
         decoded = steps.map(self._decode)
         self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=prefetch))
@@ -190,7 +190,7 @@ class Loader:
             result = future.result()
             self._n_decoded += 1
             if isinstance(result, Rejection):
-                self._undecoded.add(result, min(self._n_decoded, len(self.source)))
+                self._undecoded.add(result, self._n_decoded)
             else:
                 kept.append((document, result))
         return make_batch(kept, self.planner.processor, token_base)
@@ -287,11 +287,9 @@ class _Steps(grain.IterDataset):
 class _StepIterator(grain.DatasetIterator[_StepPlan]):
     """Packs planned samples, some packs a step. Its state is the cursor in the stream and the open packs, as positions."""
 
-    def __init__(
-        self, parent: grain.DatasetIterator, plans: grain.MapDataset, packs: int, packer: Packer, quarantine: Quarantine, n_rows: int
-    ) -> None:
+    def __init__(self, parent: grain.DatasetIterator, plans: grain.MapDataset, packs: int, packer: Packer, quarantine: Quarantine) -> None:
         super().__init__(parent)
-        self._plans, self._n_packs, self._packer, self._quarantine, self._n_rows = plans, packs, packer, quarantine, n_rows
+        self._plans, self._n_packs, self._packer, self._quarantine = plans, packs, packer, quarantine
         self._index = self._cursor = 0
 
     def __next__(self) -> _StepPlan:
@@ -308,7 +306,7 @@ class _StepIterator(grain.DatasetIterator[_StepPlan]):
         for position, planned in self._parent:
             self._cursor = position + 1
             if isinstance(planned, Rejection):
-                self._quarantine.add(planned, min(self._cursor, self._n_rows))
+                self._quarantine.add(planned, self._cursor)
             elif (closed := self._packer.add(position, planned)) is not None:
                 return closed
         return self._packer.open.pop(0) if self._packer.open else None
