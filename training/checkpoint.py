@@ -13,7 +13,7 @@ checkpoint, and every folder with a checkpoint's name is one. No pickle is read 
 headers, the rest is JSON.
 
 Host memory beside the training's: one copy of the tensors that this rank saves, held for the whole run (pinned where there is a GPU), and,
-while they are written, twice FILE_BYTES, or twice the largest tensor's shard if that is more.
+while they are written, one file's bytes: FILE_BYTES, or the largest tensor's shard if that is more.
 """
 
 import dataclasses

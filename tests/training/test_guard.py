@@ -1,4 +1,4 @@
-"""The guard: one rank's fault is every rank's; a spike is told from noise; a run that cannot go on says why; a signal waits for a border."""
+"""The guard: one rank's fault is every rank's; a spike is told from noise; a run that cannot go on says why; signals wait for a border."""
 
 import json
 import os
