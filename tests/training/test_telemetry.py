@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -86,6 +87,15 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, clock: Clock, tail: st
     with Telemetry(tmp_path, steps=10, step=3) as run:
         record(run, clock, 4, 5, 6, loss=-1.0)
     assert [(line["step"], line["loss"] == -1.0) for line in lines(tmp_path)] == [(step, step > 3) for step in range(1, 7)]
+
+
+def test_a_line_without_its_end_is_not_written_on(tmp_path: Path, clock: Clock) -> None:
+    with Telemetry(tmp_path, steps=10) as run:
+        record(run, clock, 1, 2, 3)
+    os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 1)
+    with Telemetry(tmp_path, steps=10, step=3) as run:
+        record(run, clock, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 4]
 
 
 def test_a_run_that_loses_nothing_keeps_everything(tmp_path: Path, clock: Clock) -> None:
