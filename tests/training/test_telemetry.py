@@ -114,7 +114,8 @@ def test_rolling_back_cuts_the_lines_and_not_the_events(tmp_path: Path, clock: C
         run.event(5, "spike", samples=["cat"])
         clock.now += 100
         run.rewind(2)
-        assert record(run, clock, 3, 4, 5)["seconds"] == 2.0  # loading is no part of a step
+        assert record(run, clock, 3)["seconds"] == 2.0  # loading is no part of a step
+        record(run, clock, 4, 5)
         run.event(5, "skip", loss=float("nan"))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
