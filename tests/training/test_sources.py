@@ -157,7 +157,7 @@ def test_row_groups_are_read_once_in_shuffled_order(tmp_path: Path, monkeypatch:
     assert sorted(reads) == list(range(50))
 
 
-@pytest.mark.parametrize("blocks", [[1] * 1500, [100] * 15 + [7], [1500, 1, 300, 900]])
+@pytest.mark.parametrize("blocks", [[1] * 1500, [100] * 15 + [7], [1500, 1, 300, 900], [700]])
 def test_every_epoch_has_every_row_once_in_another_order(blocks: list[int]) -> None:
     order = ShuffledRows(np.array(blocks), seed=3)
     n = sum(blocks)
