@@ -169,6 +169,13 @@ def test_every_epoch_has_every_row_once_in_another_order(blocks: list[int]) -> N
     assert rows[0] != [row for _, row in (ShuffledRows(np.array(blocks), seed=4)[place] for place in range(n))]
 
 
+def test_blocks_come_in_another_order_each_epoch() -> None:
+    order = ShuffledRows(np.full(64, 10), seed=0, window=1)
+    first, second = ([order[epoch * 640 + place][1] // 10 for place in range(640)] for epoch in (0, 1))
+    assert first != second
+    assert all(len(set(first[start : start + 10])) == 1 for start in range(0, 640, 10))  # and each is read in one go
+
+
 def test_a_shuffle_mixes_all_rows_where_any_is_cheap() -> None:
     """The mean distance of neighbours is that of random rows, n / 3; its standard error is n / sqrt(18 n) = 0.24 sqrt(n)."""
     n = 4096
