@@ -54,12 +54,16 @@ class Row:
         phases: counted together.
         steps: the time is divided by this.
         needs: least speed of the engine against other providers.
+        memory: greatest share of their peak memory that the engine may take.
+        pass_: "forward", "backward" or "both".
     """
 
     name: str
     phases: tuple[str, ...]
     steps: int = 1
     needs: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    pass_: str = "forward"
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Setting:
     name: str
     hf: HuggingFace
     tuned: HuggingFaceTuned
-    engine: Engine
+    engine: Engine | HuggingFace
     reference: HuggingFaceTuned
 
     @property

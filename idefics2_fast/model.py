@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from idefics2_fast import counters, ops, weights
@@ -79,7 +78,8 @@ class Idefics2(nn.Module):
             raise ValueError("the batch trains no token: expected labels with entries other than -100")
         hidden = self.hidden(batch).index_select(0, batch.answer_rows)
         targets = batch.labels.index_select(0, batch.answer_rows + 1)
-        return F.cross_entropy(self.logits(hidden).float(), targets)
+        total, count = ops.linear_cross_entropy(self.text_model.norm(hidden), self.lm_head.weight, targets)
+        return total / count
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] of hidden states [rows, C] before the last norm."""

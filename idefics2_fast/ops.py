@@ -12,13 +12,17 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from idefics2_fast.kernels import decode_attention as _decode_attention
+from idefics2_fast.kernels import dora_linear as _dora_linear
 from idefics2_fast.kernels import linear as _linear
+from idefics2_fast.kernels import linear_cross_entropy as _linear_cross_entropy
+from idefics2_fast.kernels import neftune as _neftune
 from idefics2_fast.kernels import perceiver_attention as _perceiver_attention
 from idefics2_fast.kernels import rms_norm as _rms_norm
 from idefics2_fast.kernels import segment_attention as _segment_attention
@@ -118,7 +122,7 @@ def _always(device: str, dtype: torch.dtype, width: int) -> bool:
 Runs = Callable[[str, torch.dtype, int], bool]
 
 # op -> implementations in order of preference: name, does it run for (device type, dtype, width of the last axis), the function
-IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Tensor]]]] = {
+IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Any]]]] = {
     "segment_attention": {
         "flash_attn": (_flash_runs, _flash_segments),
         "xformers": (_xformers_runs, _xformers_segments),
@@ -141,10 +145,21 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Tensor]]]] = {
         "torch": (_always, F.linear),
         "reference": (_always, _linear.reference),
     },
+    "dora_linear": {
+        "factored": (_always, _dora_linear.factored),
+        "reference": (_always, _dora_linear.reference),
+    },
     "rms_norm": {
         "cpu": (_on_cpu, _rms_norm.cpu),
         "torch": (_always, _torch_rms_norm),
         "reference": (_always, _rms_norm.reference),
+    },
+    "linear_cross_entropy": {
+        "chunked": (_always, _linear_cross_entropy.chunked),
+        "reference": (_always, _linear_cross_entropy.reference),
+    },
+    "neftune": {
+        "reference": (_always, _neftune.reference),
     },
 }
 
@@ -179,7 +194,7 @@ def using(**implementations: str) -> Iterator[None]:
         _overrides.update(before)
 
 
-def _run(op: str, x: Tensor) -> Callable[..., Tensor]:
+def _run(op: str, x: Tensor) -> Callable[..., Any]:
     return IMPLEMENTATIONS[op][choose(op, x)][1]
 
 
@@ -207,6 +222,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _run("linear", x)(x, weight, bias)
 
 
+def dora_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None = None, bias: Tensor | None = None, **settings: Any
+) -> Tensor:
+    """m / ||W + s B A|| * (W + s B A) x + b: x [..., in] -> [..., out]. See `kernels/dora_linear.py`, for the settings too."""
+    return _run("dora_linear", x)(x, weight, a, b, magnitude, bias, **settings)
+
+
+def dora_combine(
+    base: Tensor, h: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = None, *, scaling: float
+) -> Tensor:
+    """DoRA on top of a frozen layer's output: m / n * (base - bias + s B h) + bias. See `kernels/dora_linear.py`."""
+    return _dora_linear.combine(base, h, b, magnitude, norm, bias, scaling=scaling)
+
+
+def dora_square(weight: Tensor) -> Tensor:
+    """||W||^2 of the rows, the part of DoRA's norm that an adapter does not change. See `kernels/dora_linear.py`."""
+    return _dora_linear.row_square(weight)
+
+
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tensor | None = None) -> Tensor:
+    """||W + s B A|| of the rows. See `kernels/dora_linear.py`."""
+    return _dora_linear.row_norm(weight, a, b, scaling, square)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * w over the last axis of x [T, C]. See `kernels/rms_norm.py`."""
     return _run("rms_norm", x)(x, weight, eps)
@@ -215,3 +254,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rstd(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of the rows of x [T, C], fp32 [T, 1]: the norm's part that does not depend on its weight."""
     return _rms_norm.rstd(x, eps)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, row_weights: Tensor | None = None, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum of the rows' losses and count of rows: hidden [R, C], weight [V, C], targets [R], -100 for a row that does not count.
+
+    See `kernels/linear_cross_entropy.py`; `answer_rows` finds the rows of a padded batch.
+    """
+    return _run("linear_cross_entropy", hidden)(hidden, weight, targets, row_weights=row_weights, z_loss=z_loss)
+
+
+def answer_rows(hidden: Tensor, labels: Tensor, *, shifted: bool = False, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Rows [R, C] of hidden [B, S, C] that carry loss, and their targets [R]. See `kernels/linear_cross_entropy.py`."""
+    return _linear_cross_entropy.answer_rows(hidden, labels, shifted=shifted, ignore_index=ignore_index)
+
+
+def neftune(x: Tensor, lengths: Tensor, tokens: Tensor, *, alpha: float, seed: int, step: int) -> Tensor:
+    """x [T, C] with noise scaled by the tokens' document lengths [T], drawn for the global token indices [T]. See `kernels/neftune.py`."""
+    return _run("neftune", x)(x, lengths, tokens, alpha=alpha, seed=seed, step=step)
