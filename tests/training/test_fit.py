@@ -1,0 +1,160 @@
+"""Whole runs on a tiny model: losses, resuming, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.corpus import mixed_rows, write_jsonl
+
+from idefics2_fast import Idefics2, Idefics2Config, Processor
+from idefics2_fast.adapters import load_adapters
+from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
+from idefics2_fast.training.fit import fit
+from idefics2_fast.training.recipe import Recipe, instruct
+from idefics2_fast.training.trainer import Trainer
+
+CONFIG = replace(Idefics2Config.named("tiny"), perceiver=replace(Idefics2Config.named("tiny").perceiver, n_latents=4))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, a checkpoint, and `data.jsonl`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_model(folder / "model", CONFIG)
+    write_processor(folder / "model", image_seq_len=4)
+    processor = replace(Processor.from_pretrained(folder / "model"), shortest_edge=28, longest_edge=112)
+    processor.save_pretrained(folder / "model")
+    write_jsonl(folder / "data.jsonl", mixed_rows(60))
+    return folder
+
+
+def recipe_of(corpus: Path, out: Path, **changes) -> Recipe:
+    settings = {"steps": 6, "tokens": 300, "patches": 400, "packs": 2, "rank": 4, "dtype": "float32", "warmup": 2, "save_every": 3}
+    return instruct(corpus / "model", corpus / "data.jsonl", out, **{"learning_rate": 1e-3, "workers": 2, **settings, **changes})
+
+
+def metrics(out: Path) -> list[tuple[int, float, float]]:
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
+
+
+class Crash(RuntimeError):
+    pass
+
+
+def test_a_run_that_crashed_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch):
+    keys = {"whole": [], "broken": []}
+    accumulate = Trainer.accumulate
+
+    def note(kind, crash_at=None):
+        def noting(self, batches, step):
+            if step == crash_at:
+                raise Crash
+            keys[kind].append((step, tuple(key for batch in batches for key in batch.sample_keys)))
+            return accumulate(self, batches, step)
+
+        return noting
+
+    monkeypatch.setattr(Trainer, "accumulate", note("whole"))
+    whole = fit(recipe_of(corpus, tmp_path / "whole"))
+    monkeypatch.setattr(Trainer, "accumulate", note("broken", crash_at=4))
+    with pytest.raises(Crash):
+        fit(recipe_of(corpus, tmp_path / "broken"))
+    del keys["broken"][3:]  # step 3 was done after the checkpoint, and is done again
+    monkeypatch.setattr(Trainer, "accumulate", note("broken"))
+    broken = fit(recipe_of(corpus, tmp_path / "broken"))
+    assert whole.steps == broken.steps == 6
+    assert keys["whole"] == keys["broken"]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    weights = [(out.weights / "adapter_model.safetensors").read_bytes() for out in (whole, broken)]
+    assert weights[0] == weights[1]
+
+
+def test_another_recipe_is_refused_in_the_same_folder(corpus, tmp_path):
+    fit(recipe_of(corpus, tmp_path, steps=3))
+    with pytest.raises(ValueError, match="recipe"):
+        fit(recipe_of(corpus, tmp_path, steps=3, rank=2))
+
+
+@pytest.mark.parametrize("adapter", ["dora", "full"])
+def test_what_a_run_leaves_behind_is_what_was_trained(corpus, tmp_path, adapter):
+    trainers = []
+    init = Trainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "__init__", lambda self, *args, **others: (trainers.append(self), init(self, *args, **others))[1])
+        result = fit(recipe_of(corpus, tmp_path, adapter=adapter, steps=3))
+    if adapter == "full":
+        loaded = Idefics2.from_pretrained(result.weights)
+    else:
+        loaded = Idefics2.from_pretrained(corpus / "model")
+        load_adapters(loaded, result.weights)
+    batch = Processor.from_pretrained(result.weights)("river stone")
+    with torch.no_grad():
+        trained = trainers[0].model.eval()
+        for module in trained.modules():
+            getattr(module, "unshard", lambda: None)()
+        torch.testing.assert_close(loaded(batch), trained(batch), rtol=0, atol=1e-5)
+        before = Idefics2.from_pretrained(corpus / "model")(batch)
+        assert not torch.allclose(loaded(batch), before, atol=1e-3)
+
+
+WORKER = """
+import sys
+from idefics2_fast.training.fit import fit
+from idefics2_fast.training.recipe import instruct
+model, data, out, changes = sys.argv[1:]
+fit(instruct(model, data, out, **eval(changes)))
+"""
+
+
+def run(corpus: Path, out: Path, world: int, **changes) -> None:
+    recipe = recipe_of(corpus, out, **changes)
+    settings = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__ if name not in ("model", "data", "out")}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world}",
+        "--no-python",
+        sys.executable,
+        "-c",
+        WORKER,
+    ]
+    subprocess.run([*command, recipe.model, recipe.data, str(out), repr(settings)], check=True, capture_output=True, timeout=300)
+
+
+def test_two_ranks_give_the_losses_of_one_whatever_the_world_was_before(corpus, tmp_path):
+    """1 -> 2 -> 1 ranks over a resumed run, dropout and noise on, some packs without an image."""
+    changes = {"packs": 4, "tokens": 120, "dropout": 0.1}
+    run(corpus, tmp_path / "one", 1, **changes)
+    for world, steps in ((1, 2), (2, 4), (1, 6)):
+        run(corpus, tmp_path / "changing", world, save_every=2, **changes)
+    one, changing = metrics(tmp_path / "one"), metrics(tmp_path / "changing")
+    assert [step for step, _, _ in changing] == [1, 2, 3, 4, 5, 6]
+    for (_, loss, norm), (_, other, other_norm) in zip(one, changing, strict=True):
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert other_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_sigterm_saves_and_asks_for_another_go(corpus, tmp_path, monkeypatch):
+    update = Trainer.update
+
+    def terminated(self, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, step)
+
+    monkeypatch.setattr(Trainer, "update", terminated)
+    result = fit(recipe_of(corpus, tmp_path))
+    assert (result.steps, result.exit_code) == (2, 75)
+    monkeypatch.setattr(Trainer, "update", update)
+    assert fit(recipe_of(corpus, tmp_path)).steps == 6
+    assert [step for step, _, _ in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
