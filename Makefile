@@ -14,11 +14,11 @@ export PYTHONSAFEPATH := 1
 RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all sanitize fuzz bench rivals lint clean
+.PHONY: help demo test test-all test-oldest peers sanitize fuzz bench rivals lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/ready ## answer prompts about photographs, beside Hugging Face's answers, times and memory
 	@$(RUN) idefics2_fast.benchmarks.demo
@@ -26,9 +26,9 @@ demo: .venv/ready ## answer prompts about photographs, beside Hugging Face's ans
 test: lint ## lint, then the fast tests; those for CUDA too where there is a device
 	@$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: lint ## lint, then every test, the slow ones too, and the checks of the C++ code
+test-all: lint peers ## lint, then every test, the slow ones and other people's too, the oldest transformers, the checks of the C++ code
 	@$(RUN) pytest $(PYTEST_ARGS)
-	@$(MAKE) --no-print-directory sanitize fuzz
+	@$(MAKE) --no-print-directory test-oldest sanitize fuzz
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 CHECKED := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -w $(CHECKS)
@@ -63,6 +63,36 @@ build/fuzz/images: tests/fuzz/images.cpp $(PURE_SOURCES) $(wildcard csrc/*.hpp)
 	@clang++ $(CHECKED) -fsanitize=fuzzer -Icsrc $< $(PURE_SOURCES) -o $@ 2>$(@D)/clang.log || { \
 		echo "No libFuzzer here (Debian: apt-get install clang libclang-rt-dev): fuzzing with random inputs, not steered by coverage."; \
 		$(CXX) $(CHECKED) -DWITH_MAIN -Icsrc $< $(PURE_SOURCES) -o $@; }
+
+# Other people's tests: source distributions of the versions that are installed, and what only those tests import.
+PEERS := $(foreach name,transformers peft,build/peers/$(name)-$(shell sed -n 's/^$(name)==//p' constraints.txt))
+PEERS_NEED := parameterized==0.9.0 diffusers==0.42.1
+PIP := $(RUN) pip --disable-pip-version-check
+
+peers: $(PEERS) build/peers/site ## fetch the suites of transformers and PEFT, which tests/peers runs under the patch
+
+$(PEERS): .venv/ready
+	@$(PIP) download --quiet --no-deps --no-build-isolation --no-binary :all: --dest $(@D) $(subst -,==,$(@F))
+	@tar -xzf $@.tar.gz -C $(@D) && touch $@/tests/__init__.py $@
+
+build/peers/site: .venv/ready
+	@$(PIP) install --quiet --no-deps --upgrade --target $@ $(PEERS_NEED)
+	@touch $@
+
+# The oldest transformers that the package takes, over .venv's other packages.
+OLDEST := 5.20.2
+OLDEST_TESTS := $(wildcard $(foreach name,model weights generate processor image_processor patch*,tests/test_$(name).py))
+
+test-oldest: .venv/oldest ## the tests of the model, the processors and the patch with the oldest transformers
+	@.venv/oldest/bin/python -m pytest -q -m "not slow" $(OLDEST_TESTS)
+
+# site reads .pth files of its own folders alone: .venv's are read through addsitedir, the editable install's among them.
+.venv/oldest: .venv/ready
+	@rm -rf $@ && $(RUN) venv --without-pip $@
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$(.venv/bin/python -c "$$site")')" >"$$($@/bin/python -c "$$site")/beside.pth"
+	@$(PIP) --python $@/bin/python install --quiet --no-deps transformers==$(OLDEST)
+	@touch $@
 
 bench: .venv/ready ## the benchmarks
 	@$(RUN) idefics2_fast.benchmarks $(BENCH_ARGS)

@@ -22,6 +22,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 # On disk the folders stand side by side; imported, they are one package. The bare name `kernels` belongs to another project.
 PACKAGES = {
     "idefics2_fast": "idefics2_fast",
+    "idefics2_fast.patching": "idefics2_fast/patching",
     "idefics2_fast.kernels": "kernels",
     "idefics2_fast.training": "training",
     "idefics2_fast.benchmarks": "benchmarks",

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from idefics2_fast.row_norm import OptimizerSteps, expire
 from idefics2_fast.benchmarks.model import Case, Row
 from idefics2_fast.benchmarks.record import Record, commit, default_path, device_name, versions, write_records
 from idefics2_fast.benchmarks.report import ENGINE, records, seconds, size, table
 from idefics2_fast.benchmarks.timing import Call, Measurement, Watch, measure, quantiles
 from idefics2_fast.patching.dora import dora_variant
+from idefics2_fast.row_norm import OptimizerSteps, expire
 
 # (out, in) of Mistral's attention and MLP projections.
 SHAPES = ((4096, 4096), (14336, 4096))

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ TWO_THREADS = "2 threads"
 AVX2 = "avx2"
 HF, TORCHVISION, PILLOW, PILLOW_SIMD, OPENCV, FLOOR = "hf", "hf torchvision", "Pillow", "pillow-simd", "OpenCV, by area", "memory floor"
 RIVALS = {TORCHVISION: "torchvision", PILLOW_SIMD: "pillow-simd", OPENCV: "opencv-python-headless"}
-WORK = ("work",)
+SUITE, WORK = "images", ("work",)
 LEVELS = 2.001 / 127.5  # two of 255, after normalising
 
 
@@ -85,6 +85,16 @@ class Suite:
         return {name: _rival_call(self.rivals[name].prepare(images, **settings)) for name in present}
 
 
+@contextmanager
+def prepared() -> Iterator[Suite]:
+    """The suite, its rivals' processes running. Says which there are."""
+    with ExitStack() as stack:
+        rivals = {name: stack.enter_context(closing(Rival(environment))) for name, environment in RIVALS.items()}
+        for name, rival in rivals.items():
+            print(f"{name}: {rival.absent or rival.version}")
+        yield Suite(photographs(), rivals, memory_floor(), Path(stack.enter_context(tempfile.TemporaryDirectory())))
+
+
 def photographs() -> dict[tuple[int, int], np.ndarray]:
     """Enlarged photographs, with the noise that a camera adds and a JPEG has to keep."""
     from sklearn.datasets import load_sample_image
@@ -109,7 +119,7 @@ def files_case(suite: Suite) -> tuple[Case, Sequence[Need]]:
     name = "files to patches, split batch of six"
     calls = {ENGINE: _pack_call(paths, split=True), TWO_THREADS: _pack_call(paths, split=True, threads=2), HF: _hf_call(paths, split=True)}
     needs = [Need(f"{name}, one thread", ENGINE, HF, 4, 6), Need(f"{name}, two threads", TWO_THREADS, HF, 6, 10)]
-    return _case(name, calls, _same_patches(calls[HF])), needs
+    return _case(name, calls, _same_patches(calls[HF]), needs), needs
 
 
 def pack_case(suite: Suite, sizes: Sequence[tuple[int, int]], split: bool) -> tuple[Case, Sequence[Need]]:
@@ -128,7 +138,7 @@ def pack_case(suite: Suite, sizes: Sequence[tuple[int, int]], split: bool) -> tu
     if not split and sizes[0] == PHOTO:
         calls[TWO_THREADS] = _pack_call(images, split, threads=2)
         needs.append(Need(f"{name}, two threads against one", TWO_THREADS, ENGINE, 1.5, 1.85))
-    return _case(name, calls, _same_patches(calls[HF])), needs
+    return _case(name, calls, _same_patches(calls[HF]), needs), needs
 
 
 def resize_case(suite: Suite, size: tuple[int, int]) -> tuple[Case, Sequence[Need]]:
@@ -156,11 +166,15 @@ def resize_case(suite: Suite, size: tuple[int, int]) -> tuple[Case, Sequence[Nee
         return "" if off <= allowed else f"off by {off} levels, {allowed} are allowed"
 
     name = f"resize alone, {size[1]}x{size[0]}"
-    return _case(name, calls, check), [Need(name, ENGINE, PILLOW_SIMD, 1.5, 3.5)]
+    needs = [Need(name, ENGINE, PILLOW_SIMD, 1.5, 3.5)]
+    return _case(name, calls, check, needs), needs
 
 
-def _case(name: str, calls: Mapping[str, Call], check: Callable[[str, Any], str]) -> Case:
-    return Case("images", calls, check, (Row(name, WORK),))
+def _case(name: str, calls: Mapping[str, Call], check: Callable[[str, Any], str], needs: Sequence[Need]) -> Case:
+    least = {
+        need.baseline: need.required for need in needs if need.provider == ENGINE and need.baseline in calls and need.baseline != FLOOR
+    }
+    return Case(SUITE, calls, check, (Row(name, WORK, needs=least),))
 
 
 def _timed(work: Callable[[], Any]) -> Call:
@@ -230,15 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{device_name(device)}, {len(os.sched_getaffinity(0))} CPUs, loops: {_C.simd()}; {versions()}")
     summary = [["what must hold", "against", "required", "aim", "measured", ""]]
     failed = False
-    with ExitStack() as stack:
-        rivals = {name: stack.enter_context(closing(Rival(environment))) for name, environment in RIVALS.items()}
-        for name, rival in rivals.items():
-            print(f"{name}: {rival.absent or rival.version}")
-        suite = Suite(photographs(), rivals, memory_floor(), Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    with prepared() as suite:
         for case, needs in suite.cases():
             results = measure(case.calls, case.check, device=device, seconds=options.seconds, rounds=(5, 40), title=case.rows[0].name)
             print(f"\n{_table(case.rows[0], results)}", flush=True)
-            summary += [_line(need, case.rows[0], results, rivals) for need in needs]
+            summary += [_line(need, case.rows[0], results, suite.rivals) for need in needs]
             failed |= any(result.wrong for result in results.values())
             if not options.seconds < 2:
                 write_records(options.out or default_path(device), records(case, results, device))

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import idefics2_fast
 from idefics2_fast import Batch, Idefics2, Idefics2Config, Processor
 from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
 from idefics2_fast.benchmarks.timing import Watch
@@ -103,7 +104,7 @@ class HuggingFaceTuned:
         return inputs
 
     def encode(self, inputs: Mapping[str, Any]) -> Tensor:
-        return torch.cat(self._encode(inputs["images"]).pooler_output)
+        return torch.cat(self.encode_images(inputs["images"]).pooler_output)
 
     def first_logits(self, inputs: Mapping[str, Any]) -> Tensor:
         return self._prefill(inputs).logits[:, -1]
@@ -117,14 +118,15 @@ class HuggingFaceTuned:
             tokens.append(out.logits[:, -1].argmax(-1))
         return torch.stack(tokens, 1).tolist()
 
-    def _encode(self, images: Sequence[Tensor]) -> Any:
+    def encode_images(self, images: Sequence[Tensor]) -> Any:
+        """What `forward` takes as `mm_encoder_outputs["image"]`."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         encoded = [self.model.model.get_image_features(image[None, None], return_dict=True).pooler_output[0] for image in images]
         return BaseModelOutputWithPooling(pooler_output=encoded)
 
     def _prefill(self, inputs: Mapping[str, Any]) -> Any:
-        images = {"mm_encoder_outputs": {"image": self._encode(inputs["images"])}} if inputs["images"] else {}
+        images = {"mm_encoder_outputs": {"image": self.encode_images(inputs["images"])}} if inputs["images"] else {}
         return self._forward(inputs["attention_mask"], input_ids=inputs["input_ids"], **images)
 
     def _forward(self, mask: Tensor, **inputs: Any) -> Any:
@@ -160,26 +162,42 @@ class Engine:
         return self.model.generate(inputs, max_new_tokens=new_tokens, stop_tokens=()).tokens
 
 
-Provider = HuggingFace | HuggingFaceTuned | Engine
+class Patched(HuggingFace):
+    """transformers' model and processor under `idefics2_fast.patch`, called as `HuggingFace` calls its own."""
+
+    name = "idefics2_fast"
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(folder, dtype, device)
+        idefics2_fast.patch(self.model, self.processor)
+
+
+Provider = HuggingFace | HuggingFaceTuned | Engine | Patched
 
 
 def load_providers(size: str, dtype: torch.dtype, device: torch.device) -> tuple[HuggingFace, HuggingFaceTuned, Engine]:
-    """All three, from one temporary checkpoint of a named size, written by transformers itself: random weights, the real tokenizer."""
+    """All three, from one checkpoint."""
+    with checkpoint(size, dtype) as folder:
+        plain = HuggingFace(folder, dtype, device)
+        return plain, HuggingFaceTuned(plain), Engine(folder, dtype, device)
+
+
+@contextmanager
+def checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
+    """A temporary checkpoint of a named size, written by transformers itself: random weights, the same each time, the real tokenizer."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the convolution too, or outputs could not be compared
     config = Idefics2Config.named(size)
-    with tempfile.TemporaryDirectory() as name, tqdm(total=3, desc=f"{size}: writing random weights", leave=False) as bar:
+    with tempfile.TemporaryDirectory() as name, tqdm(total=2, desc=f"{size}: writing random weights", leave=False) as bar:
         folder = Path(name)
         write_model(folder, config, dtype=dtype)
         write_processor(folder, image_seq_len=config.perceiver.n_latents)
         bar.update()
         bar.set_description(f"{size}: loading")
-        plain = HuggingFace(folder, dtype, device)
-        bar.update()
-        return plain, HuggingFaceTuned(plain), Engine(folder, dtype, device)
+        yield folder
 
 
 def answer(provider: Provider, inputs: Any, new_tokens: int, watch: Watch) -> list[list[int]]:

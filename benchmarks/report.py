@@ -29,6 +29,9 @@ def verdicts(row: Row, results: Mapping[str, Measurement]) -> dict[str, bool]:
     for baseline, least in row.needs.items():
         ratios = speed_up(row, results, ENGINE, baseline)
         held[f">= {least:g}x {baseline}"] = ratios is not None and quantiles(ratios).median >= least
+    for baseline, most in row.memory.items():
+        own, theirs = (results[name].peak(row.phases) if name in results else None for name in (ENGINE, baseline))
+        held[f"memory <= {most:g}x {baseline}"] = None not in (own, theirs) and own <= most * theirs
     return held
 
 
@@ -37,7 +40,7 @@ def records(case: Case, results: Mapping[str, Measurement], device: torch.device
     where = {"suite": case.suite, "device": device_name(device), "versions": versions(), "commit": commit()}
     made = []
     for row in case.rows:
-        common = {"case": row.name, **where}
+        common = {"case": row.name, "pass_": row.pass_, **where}
         for name, result in results.items():
             made += _records_of(row, name, result, common)
             if name != ENGINE and (ratios := speed_up(row, results, ENGINE, name)):

@@ -69,6 +69,20 @@ bool is_normalised(const uint8_t* table, int64_t value_bytes) {
     return true;
 }
 
+// A strip of patches: the bytes straight into place, or other values by way of a few patches' bytes.
+void write_patches(const Kernels& with, const std::vector<const uint8_t*>& strip, int channels, int64_t columns, const Values& values, uint8_t* out) {
+    if (!values.table) return with.cut(strip.data(), channels, columns, out);
+    constexpr int64_t kAtOnce = 8;
+    alignas(32) uint8_t bytes[kAtOnce * kPatchValues];
+    for (int64_t column = 0; column < columns; column += kAtOnce) {
+        const int64_t count = std::min(kAtOnce, columns - column);
+        const uint8_t* rows[kPatchSide];
+        for (int64_t y = 0; y < kPatchSide; ++y) rows[y] = strip[y] + column * kPatchSide * channels;
+        with.cut(rows, channels, count, bytes);
+        with.convert(bytes, count * kPatchValues, out + column * kPatchValues * values.bytes, values);
+    }
+}
+
 }  // namespace
 
 void pack_patches(const Source& source, const std::vector<Crop>& crops, const PatchBuffer& out, PassOrder order, int threads) {
@@ -92,14 +106,13 @@ void pack_patches(const Source& source, const std::vector<Crop>& crops, const Pa
         resamplers[i] = std::make_unique<Resampler>(crops[i].box.size, crops[i].size, needed, source.channels, order, with);
     });
     const Values values{out.value_bytes, out.table, is_normalised(out.table, out.value_bytes)};
-    const int64_t plane = kPatchSide * kPatchSide * values.bytes, patch = 3 * plane;
     const std::vector<Band> all = bands(rows, threads);
     parallel_for(static_cast<int64_t>(all.size()), threads, [&](int64_t i) {
         const Band& band = all[i];
         const int64_t columns = grids[band.crop].width;
-        const auto write = [&](int64_t y, const uint8_t* row, int channels) {
-            uint8_t* to = out.data + (firsts[band.crop] + y / kPatchSide * columns) * patch + y % kPatchSide * kPatchSide * values.bytes;
-            with.cut(row, channels, columns, to, patch, plane, values);
+        const auto write = [&](int64_t y, const std::vector<const uint8_t*>& strip, int channels) {
+            const int64_t patch = firsts[band.crop] + y / kPatchSide * columns;
+            write_patches(with, strip, channels, columns, values, out.data + patch * kPatchValues * values.bytes);
         };
         resamplers[band.crop]->run(source.crop(crops[band.crop].box), band.first * kPatchSide, band.last * kPatchSide, write);
     });
@@ -111,11 +124,14 @@ void resize_planes(const Source& source, const Crop& crop, const PlaneBuffer& ou
     const std::vector<Band> all = bands({(crop.size.height + kPatchSide - 1) / kPatchSide}, threads);
     parallel_for(static_cast<int64_t>(all.size()), threads, [&](int64_t i) {
         const int64_t last = std::min(all[i].last * kPatchSide, crop.size.height);
-        resampler.run(source.crop(crop.box), all[i].first * kPatchSide, last, [&](int64_t y, const uint8_t* row, int channels) {
-            for (int c = 0; c < 3; ++c) {
-                float* to = out.data + c * out.channel_stride + y * out.row_stride;
-                const float* table = out.table + 256 * c;
-                for (int64_t x = 0; x < crop.size.width; ++x) to[x] = table[row[x * channels + c]];
+        resampler.run(source.crop(crop.box), all[i].first * kPatchSide, last, [&](int64_t y, const std::vector<const uint8_t*>& rows, int channels) {
+            for (const uint8_t* row : rows) {
+                for (int c = 0; c < 3; ++c) {
+                    float* to = out.data + c * out.channel_stride + y * out.row_stride;
+                    const float* table = out.table + 256 * c;
+                    for (int64_t x = 0; x < crop.size.width; ++x) to[x] = table[row[x * channels + c]];
+                }
+                ++y;
             }
         });
     });

@@ -8,9 +8,6 @@
 
 namespace idefics2 {
 
-constexpr int64_t kPatchSide = 14;
-constexpr int64_t kPatchValues = 3 * kPatchSide * kPatchSide;
-
 struct Crop {
     Box box;    // in the source
     Size size;  // after the resize

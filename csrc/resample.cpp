@@ -17,11 +17,10 @@ uint8_t to_byte(uint32_t sum) { return static_cast<uint8_t>(std::min<uint32_t>(s
 
 class ScalarHorizontal final : public HorizontalPass {
 public:
-    ScalarHorizontal(const Taps& taps, int channels) : taps_(taps), channels_(channels) {}
+    ScalarHorizontal(const Taps& taps, int channels) : HorizontalPass(1), taps_(taps), channels_(channels) {}
 
     void run(const uint8_t* const* in, uint8_t* const* out) const override {
-        for (int i = 0; i < kBlock; ++i)
-            if (i == 0 || out[i] != out[i - 1]) run_row(in[i], out[i]);
+        run_row(*in, *out);
     }
 
 private:
@@ -67,22 +66,21 @@ private:
     const Taps& taps_;
 };
 
-template <class Value>
-void scalar_cut_as(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
-                   const uint8_t* table) {
-    constexpr int64_t kSide = 14, kBytes = sizeof(Value);
-    for (int64_t column = 0; column < columns; ++column, row += kSide * channels, out += patch_stride)
+void scalar_cut(const uint8_t* const* rows, int channels, int64_t columns, uint8_t* out) {
+    for (int64_t x = 0; x < columns * kPatchSide; x += kPatchSide)
         for (int c = 0; c < 3; ++c)
-            for (int64_t x = 0; x < kSide; ++x) {
-                const uint8_t* byte = row + x * channels + c;
-                std::memcpy(out + c * plane_stride + x * kBytes, table ? table + *byte * kBytes : byte, kBytes);
-            }
+            for (int64_t y = 0; y < kPatchSide; ++y)
+                for (int64_t i = x; i < x + kPatchSide; ++i) *out++ = rows[y][i * channels + c];
 }
 
-void scalar_cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
-                const Values& values) {
-    const auto cut_as = values.bytes == 4 ? scalar_cut_as<uint32_t> : values.bytes == 2 ? scalar_cut_as<uint16_t> : scalar_cut_as<uint8_t>;
-    cut_as(row, channels, columns, out, patch_stride, plane_stride, values.table);
+template <class Value>
+void scalar_convert_to(const uint8_t* bytes, int64_t count, uint8_t* out, const uint8_t* table) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * sizeof(Value), table + bytes[i] * sizeof(Value), sizeof(Value));
+}
+
+void scalar_convert(const uint8_t* bytes, int64_t count, uint8_t* out, const Values& values) {
+    const auto to = values.bytes == 4 ? scalar_convert_to<uint32_t> : values.bytes == 2 ? scalar_convert_to<uint16_t> : scalar_convert_to<uint8_t>;
+    to(bytes, count, out, values.table);
 }
 
 std::vector<const Kernels*> fastest_first() {
@@ -116,6 +114,7 @@ const Kernels scalar_kernels{
     [](const Taps& taps, int channels) -> std::unique_ptr<HorizontalPass> { return std::make_unique<ScalarHorizontal>(taps, channels); },
     [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<ScalarVertical>(taps); },
     scalar_cut,
+    scalar_convert,
 };
 
 const Kernels& kernels() {
@@ -184,7 +183,7 @@ Resampler::Resampler(Size input, Size output, Size needed, int channels, PassOrd
     if (!rows_.identity()) vertical_ = with.vertical(rows_);
 }
 
-void Resampler::run(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
+void Resampler::run(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const {
     assert(0 <= first && first <= last && last <= needed_.height);
     assert(source.size.height == rows_.input && source.size.width == columns_.input);
     if (first == last) return;
@@ -199,6 +198,42 @@ void Resampler::run(const Source& source, int64_t first, int64_t last, const Row
 
 namespace {
 
+// Rows that a thread keeps between two steps. The memory is used again for the next image: new pages cost more than the arithmetic.
+class Rows {
+public:
+    Rows(std::vector<uint8_t>& memory, int64_t count, int64_t bytes) : count_(count), stride_(bytes + kRowPadding) {
+        if (memory.size() < static_cast<size_t>(count_ * stride_)) memory.resize(count_ * stride_);
+        data_ = memory.data();
+    }
+    // Any `count` rows in sequence have places of their own.
+    uint8_t* operator[](int64_t y) const { return data_ + y % count_ * stride_; }
+
+private:
+    uint8_t* data_;
+    int64_t count_, stride_;
+};
+
+thread_local std::vector<uint8_t> memory_between, memory_after;
+
+// Hands rows on, kPatchSide at a time.
+class Strips {
+public:
+    Strips(const RowsSink& sink, int64_t last, int channels) : sink_(sink), last_(last), channels_(channels) {}
+
+    void add(int64_t y, const uint8_t* row) {
+        rows_.push_back(row);
+        if (rows_.size() < kPatchSide && y + 1 < last_) return;
+        sink_(y + 1 - static_cast<int64_t>(rows_.size()), rows_, channels_);
+        rows_.clear();
+    }
+
+private:
+    const RowsSink& sink_;
+    const int64_t last_;
+    const int channels_;
+    std::vector<const uint8_t*> rows_;
+};
+
 // The rows of an output, and after them the last one again, as a vertical pass wants them.
 template <class RowAt>
 void list_rows(const Taps& taps, int64_t output, std::vector<const uint8_t*>& list, const RowAt& row_at) {
@@ -209,69 +244,64 @@ void list_rows(const Taps& taps, int64_t output, std::vector<const uint8_t*>& li
 
 }  // namespace
 
-void Resampler::run_vertical(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
+void Resampler::run_vertical(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const {
     const int64_t bytes = needed_.width * source.channels;
+    const Rows after(memory_after, kPatchSide, bytes);
+    Strips strips(sink, last, source.channels);
     std::vector<const uint8_t*> list;
-    std::vector<uint8_t> row(rows_.identity() ? 0 : bytes + kRowPadding);
     for (int64_t y = first; y < last; ++y) {
         if (rows_.identity()) {
-            sink(y, source.row(y), source.channels);
+            strips.add(y, source.row(y));
             continue;
         }
         list_rows(rows_, y, list, [&](int64_t at) { return source.row(at); });
-        vertical_->run(y, list.data(), bytes, row.data());
-        sink(y, row.data(), source.channels);
+        vertical_->run(y, list.data(), bytes, after[y]);
+        strips.add(y, after[y]);
     }
 }
 
-void Resampler::run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
-    constexpr int kBlock = HorizontalPass::kBlock;
+void Resampler::run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const {
+    const int block = horizontal_->block;
     const int64_t source_bytes = source.size.width * source.channels;
-    const int64_t in_stride = source_bytes + kRowPadding, out_stride = needed_.width * 3 + kRowPadding;
-    std::vector<uint8_t> between(rows_.identity() ? 0 : kBlock * in_stride), resized(kBlock * out_stride);
-    std::vector<const uint8_t*> list;
-    for (int64_t y = first; y < last; y += kBlock) {
-        const uint8_t* in[kBlock];
-        uint8_t* out[kBlock];
-        const int64_t rows = std::min<int64_t>(kBlock, last - y);
-        for (int64_t i = 0; i < rows; ++i) {
-            out[i] = resized.data() + i * out_stride;
-            in[i] = rows_.identity() ? source.row(y + i) : between.data() + i * in_stride;
-            if (rows_.identity()) continue;
-            list_rows(rows_, y + i, list, [&](int64_t at) { return source.row(at); });
-            vertical_->run(y + i, list.data(), source_bytes, between.data() + i * in_stride);
+    const Rows between(memory_between, block, source_bytes), after(memory_after, block + kPatchSide - 1, needed_.width * 3);
+    Strips strips(sink, last, 3);
+    std::vector<const uint8_t*> list, in(block);
+    std::vector<uint8_t*> out(block);
+    for (int64_t start = first; start < last; start += block) {
+        for (int64_t i = 0; i < block; ++i) {
+            const int64_t y = std::min(start + i, last - 1);
+            out[i] = after[y];
+            in[i] = rows_.identity() ? source.row(y) : between[y];
+            if (rows_.identity() || start + i > y) continue;
+            list_rows(rows_, y, list, [&](int64_t at) { return source.row(at); });
+            vertical_->run(y, list.data(), source_bytes, between[y]);
         }
-        std::fill(in + rows, in + kBlock, in[rows - 1]);
-        std::fill(out + rows, out + kBlock, out[rows - 1]);
-        horizontal_->run(in, out);
-        for (int64_t i = 0; i < rows; ++i) sink(y + i, out[i], 3);
+        horizontal_->run(in.data(), out.data());
+        for (int64_t y = start; y < std::min(start + block, last); ++y) strips.add(y, after[y]);
     }
 }
 
-void Resampler::run_horizontal_first(const Source& source, int64_t first, int64_t last, const RowSink& sink) const {
-    constexpr int kBlock = HorizontalPass::kBlock;
-    const int64_t bytes = needed_.width * 3, stride = bytes + kRowPadding;
-    const int64_t kept = rows_.most() + kBlock;  // a block is made when its first row is wanted, while all rows before it may be in use
-    std::vector<uint8_t> ring(kept * stride), row(stride);
-    std::vector<const uint8_t*> list;
-    const auto slot = [&](int64_t at) { return ring.data() + at % kept * stride; };
-    int64_t next = rows_.first[first];
+void Resampler::run_horizontal_first(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const {
+    const int block = horizontal_->block;
+    const int64_t bytes = needed_.width * 3;
+    // A block is made when its first row is wanted, while all rows before it may be in use.
+    const Rows between(memory_between, rows_.most() + block, bytes), after(memory_after, kPatchSide, bytes);
+    Strips strips(sink, last, 3);
+    std::vector<const uint8_t*> list, in(block);
+    std::vector<uint8_t*> out(block);
     const int64_t end = rows_.end(last - 1);
-    for (int64_t y = first; y < last; ++y) {
-        while (next < rows_.end(y)) {
-            const uint8_t* in[kBlock];
-            uint8_t* out[kBlock];
-            for (int64_t i = 0; i < kBlock; ++i) {
+    for (int64_t y = first, next = rows_.first[first]; y < last; ++y) {
+        for (; next < rows_.end(y); next += block) {
+            for (int64_t i = 0; i < block; ++i) {
                 const int64_t at = std::min(next + i, end - 1);
                 in[i] = source.row(at);
-                out[i] = slot(at);
+                out[i] = between[at];
             }
-            horizontal_->run(in, out);
-            next = std::min(next + kBlock, end);
+            horizontal_->run(in.data(), out.data());
         }
-        list_rows(rows_, y, list, slot);
-        vertical_->run(y, list.data(), bytes, row.data());
-        sink(y, row.data(), 3);
+        list_rows(rows_, y, list, [&](int64_t at) { return between[at]; });
+        vertical_->run(y, list.data(), bytes, after[y]);
+        strips.add(y, after[y]);
     }
 }
 

@@ -12,6 +12,8 @@
 namespace idefics2 {
 
 constexpr int kWeightBits = 22;
+constexpr int64_t kPatchSide = 14;
+constexpr int64_t kPatchValues = 3 * kPatchSide * kPatchSide;
 // Rows that a pass writes may be written this far past their last pixel; rows that a pass reads are never read past theirs.
 constexpr int64_t kRowPadding = 64;
 
@@ -50,12 +52,13 @@ struct Taps {
 // Taps of the first `needed` of `output` pixels that `input` pixels are resized to.
 Taps bilinear_taps(int64_t input, int64_t output, int64_t needed);
 
-// One pass along the rows, on kBlock rows at once.
+// One pass along the rows, on `block` rows at once.
 class HorizontalPass {
 public:
-    static constexpr int kBlock = 4;
+    const int block;
+    explicit HorizontalPass(int rows) : block(rows) {}
     virtual ~HorizontalPass() = default;
-    // in: kBlock rows of taps.input pixels; out: kBlock rows of taps.outputs() RGB pixels and kRowPadding. Rows may be given twice.
+    // in: `block` rows of taps.input pixels; out: `block` rows of taps.outputs() RGB pixels and kRowPadding. Rows may be given twice.
     virtual void run(const uint8_t* const* in, uint8_t* const* out) const = 0;
 };
 
@@ -68,17 +71,17 @@ public:
     virtual void run(int64_t output, const uint8_t* const* in, int64_t bytes, uint8_t* out) const = 0;
 };
 
-// What becomes of a byte: itself where there is no table, else entry `byte` of a table of 256 values of 1, 2 or 4 bytes.
+// What becomes of a byte: entry `byte` of a table of 256 values of 1, 2 or 4 bytes.
 struct Values {
     int64_t bytes;
     const uint8_t* table;
     bool normalised;  // the table is Hugging Face's normalisation in float32 or bfloat16, which can be computed instead
 };
 
-// The first 14 * columns pixels of a row into patches: value x of channel c of patch p begins at out[p * patch_stride + c * plane_stride +
-// x * values.bytes]. No other byte is written.
-using CutRow = void (*)(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride,
-                        const Values& values);
+// 14 rows of 14 * columns pixels into `columns` patches of 588 bytes (channel, row, column), one after another. No other byte is written.
+using CutPatches = void (*)(const uint8_t* const* rows, int channels, int64_t columns, uint8_t* out);
+// `count` bytes, and what becomes of them.
+using Convert = void (*)(const uint8_t* bytes, int64_t count, uint8_t* out, const Values& values);
 
 // One implementation of all inner loops. All give the same bits. The taps must outlive the passes.
 struct Kernels {
@@ -86,7 +89,8 @@ struct Kernels {
     bool (*runs_here)();
     std::unique_ptr<HorizontalPass> (*horizontal)(const Taps& taps, int channels);
     std::unique_ptr<VerticalPass> (*vertical)(const Taps& taps);
-    CutRow cut;
+    CutPatches cut;
+    Convert convert;
 };
 
 extern const Kernels scalar_kernels;
@@ -101,8 +105,9 @@ const Kernels& kernels();
 void use_kernels(const std::string& name);
 std::vector<std::string> kernels_here();
 
-// Receives output rows in order. A row has 3 or 4 channels, as said with it, and lives until the receiver returns.
-using RowSink = std::function<void(int64_t y, const uint8_t* row, int channels)>;
+// Receives output rows in order, kPatchSide at a time; the last may be fewer. Rows have 3 or 4 channels, as said with them, and live until
+// the receiver returns.
+using RowsSink = std::function<void(int64_t y, const std::vector<const uint8_t*>& rows, int channels)>;
 
 // A planned resize: its tables, to be used by any number of threads.
 class Resampler {
@@ -110,12 +115,12 @@ public:
     // `needed` <= output: rows and columns past it are never computed.
     Resampler(Size input, Size output, Size needed, int channels, PassOrder order, const Kernels& with = kernels());
     // Output rows first .. last - 1 of the source.
-    void run(const Source& source, int64_t first, int64_t last, const RowSink& sink) const;
+    void run(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const;
 
 private:
-    void run_horizontal_first(const Source& source, int64_t first, int64_t last, const RowSink& sink) const;
-    void run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowSink& sink) const;
-    void run_vertical(const Source& source, int64_t first, int64_t last, const RowSink& sink) const;
+    void run_horizontal_first(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const;
+    void run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const;
+    void run_vertical(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const;
 
     Taps columns_, rows_;
     Size needed_;

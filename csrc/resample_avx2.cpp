@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "stretches.hpp"
+#include "resample.hpp"
 
 #define AVX2 __attribute__((target("avx2,fma")))
 
@@ -27,191 +27,237 @@ struct Sums {
     __m256i upper, lower;
 };
 
-AVX2 inline void add(Sums& sums, __m256i word_pairs, __m256i upper, __m256i lower) {
-    sums.upper = _mm256_add_epi32(sums.upper, _mm256_madd_epi16(word_pairs, upper));
-    sums.lower = _mm256_add_epi32(sums.lower, _mm256_madd_epi16(word_pairs, lower));
-}
-
-AVX2 inline Sums no_sums() { return {_mm256_setzero_si256(), _mm256_set1_epi32(1 << (kWeightBits - 1))}; }
+AVX2 inline Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 
 // The values, not yet cut to a byte: the packing instructions do that.
 AVX2 inline __m256i values(const Sums& sums) {
-    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_slli_epi32(sums.upper, 8), sums.lower), kWeightBits);
+    const __m256i half = _mm256_set1_epi32(1 << (kWeightBits - 1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(_mm256_slli_epi32(sums.upper, 8), half), sums.lower), kWeightBits);
 }
 
+// Which taps are multiplied together, and their weights.
+struct Pairs {
+    std::vector<int64_t> begin;    // of each output: where its weights begin
+    std::vector<int32_t> weights;  // of each pair: upper, lower
+
+    explicit Pairs(const Taps& taps) {
+        for (int64_t output = 0; output < taps.outputs(); ++output) {
+            begin.push_back(static_cast<int64_t>(weights.size()));
+            const int32_t* of = taps.of(output);
+            const int64_t count = taps.count(output);
+            for (int64_t tap = 0; tap < count; tap += 2) push_pair(weights, of[tap], tap + 1 < count ? of[tap + 1] : 0);
+        }
+        begin.push_back(static_cast<int64_t>(weights.size()));
+    }
+
+    int64_t count(int64_t output) const { return (begin[output + 1] - begin[output]) / 2; }
+    const int32_t* of(int64_t output) const { return weights.data() + begin[output]; }
+};
+
+template <int kPairs>
+struct Unrolled {
+    static constexpr int64_t count = kPairs;
+};
+struct Counted {
+    int64_t count;
+};
+
+// work(how many pairs), which compiled code knows where they are few, as in most images.
+template <class Work>
+AVX2 inline void with_pairs(int64_t pairs, const Work& work) {
+    switch (pairs) {
+        case 1: return work(Unrolled<1>{});
+        case 2: return work(Unrolled<2>{});
+        case 3: return work(Unrolled<3>{});
+        case 4: return work(Unrolled<4>{});
+        case 5: return work(Unrolled<5>{});
+        default: return work(Counted{pairs});
+    }
+}
+
+// Of 16-bit words a0 b0 a1 b1 .. the sums of a * weight + b * weight, for upper and lower weights.
+AVX2 inline void add(Sums& sums, __m256i word_pairs, __m256i upper, __m256i lower) {
+    sums.upper = _mm256_add_epi32(sums.upper, _mm256_madd_epi16(word_pairs, upper));
+    sums.lower = _mm256_add_epi32(sums.lower, _mm256_madd_epi16(word_pairs, lower));
+    __asm__("" : "+x"(sums.upper), "+x"(sums.lower));  // add now: GCC would keep all products and add them in pairs, in memory
+}
+
+// 32 bytes, each the weighted sum of those in its place in two vectors for each pair, which row_at finds.
+template <class Count, class RowAt>
+AVX2 inline __m256i weighted_sum(const int32_t* weights, Count pairs, const RowAt& row_at) {
+    const __m256i zero = _mm256_setzero_si256();
+    Sums sums[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
+#pragma GCC unroll 5
+    for (int64_t pair = 0; pair < pairs.count; ++pair) {
+        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * pair)));
+        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row_at(2 * pair + 1)));
+        const __m256i upper = _mm256_set1_epi32(weights[2 * pair]), lower = _mm256_set1_epi32(weights[2 * pair + 1]);
+        const __m256i left = _mm256_unpacklo_epi8(a, b), right = _mm256_unpackhi_epi8(a, b);
+        add(sums[0], _mm256_unpacklo_epi8(left, zero), upper, lower);
+        add(sums[1], _mm256_unpackhi_epi8(left, zero), upper, lower);
+        add(sums[2], _mm256_unpacklo_epi8(right, zero), upper, lower);
+        add(sums[3], _mm256_unpackhi_epi8(right, zero), upper, lower);
+    }
+    const __m256i left = _mm256_packus_epi32(values(sums[0]), values(sums[1]));
+    const __m256i right = _mm256_packus_epi32(values(sums[2]), values(sums[3]));
+    return _mm256_packus_epi16(left, right);
+}
+
+// Element i of a and of b in turn, half by half: for bytes, words, double words and quadruple words.
+template <int kBytes, bool kUpper>
+AVX2 inline __m256i in_turn(__m256i a, __m256i b) {
+    if constexpr (kBytes == 1) return kUpper ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b);
+    if constexpr (kBytes == 2) return kUpper ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+    if constexpr (kBytes == 4) return kUpper ? _mm256_unpackhi_epi32(a, b) : _mm256_unpacklo_epi32(a, b);
+    if constexpr (kBytes == 8) return kUpper ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
+}
+
+constexpr int kSide = 16;
+
+// Transposes the 16 x 16 bytes of all lower halves, and those of all upper halves. Interleaving rows i and i + 8, four times over.
+AVX2 inline void transpose(__m256i (&rows)[kSide]) {
+    for (int step = 0; step < 4; ++step) {
+        __m256i mixed[kSide];
+        for (int i = 0; i < kSide / 2; ++i) {
+            mixed[2 * i] = in_turn<1, false>(rows[i], rows[i + kSide / 2]);
+            mixed[2 * i + 1] = in_turn<1, true>(rows[i], rows[i + kSide / 2]);
+        }
+        std::copy(mixed, mixed + kSide, rows);
+    }
+}
+
+// A pass along 32 rows is a pass across them, of their transpose: a vector holds a column of bytes.
 class Horizontal final : public HorizontalPass {
 public:
-    Horizontal(const Stretches& planned, int channels)
-        : step_(kPixelsPerLoad * channels), parts_{Part(planned.start, channels), Part(planned.end, channels)} {}
+    Horizontal(const Taps& taps, int channels)
+        : HorizontalPass(kRows), taps_(taps), pairs_(taps), channels_(channels), row_bytes_(taps.input * channels) {
+        for (int64_t x = 0; x < taps.outputs(); x = parts_.back().last) parts_.push_back(part_from(x));
+        for (const Part& part : parts_) most_bytes_ = std::max(most_bytes_, part.end - part.start);
+    }
 
     AVX2 void run(const uint8_t* const* in, uint8_t* const* out) const override {
-        uint8_t* to[kBlock] = {out[0], out[1], out[2], out[3]};
-        for (const Part& part : parts_) run_part(part, in, to);
+        static thread_local std::vector<Column> columns, resized;
+        columns.resize(std::max<size_t>(columns.size(), most_bytes_ + kSide + channels_));
+        resized.resize(3 * kMostOutputs);
+        for (size_t i = 0; i < parts_.size(); ++i) {
+            const Part& part = parts_[i];
+            Ahead ahead(in, part.end, i + 1 < parts_.size() ? parts_[i + 1].end : part.end, part.last - part.first);
+            for (int64_t at = part.start; at < part.end; at += kSide) read_columns(in, std::min(at, row_bytes_ - kSide), part.start, columns.data());
+            for (int64_t x = part.first; x < std::min(part.last, taps_.outputs()); ++x) {
+                const uint8_t* first = columns[taps_.first[x] * channels_ - part.start].rows;
+                ahead.fetch_share();
+                Column* to = resized.data() + 3 * (x - part.first);
+                with_pairs(pairs_.count(x), [&](auto pairs) AVX2 {
+                    for (int c = 0; c < 3; ++c) {
+                        const auto column = [&](int64_t tap) { return first + (tap * channels_ + c) * sizeof(Column); };
+                        _mm256_store_si256(reinterpret_cast<__m256i*>(to[c].rows), weighted_sum(pairs_.of(x), pairs, column));
+                    }
+                });
+            }
+            for (int64_t at = 3 * part.first; at < 3 * part.last; at += kSide) write_columns(resized.data() + at - 3 * part.first, at, out);
+        }
     }
 
 private:
-    struct Part {
-        int64_t pairs;
-        std::vector<int64_t> offsets;
-        std::vector<int32_t> weights;  // of each output and each pair: upper, lower
-        __m128i near, far;             // the first two and the last two pixels of a load, as pairs of 16-bit words for R, G, B
+    static constexpr int kRows = 32;
+    static constexpr int64_t kGranule = 16, kMostOutputs = 64;  // outputs in whole stores
+    static constexpr int64_t kMostBytes = 512;  // of a row at once: their columns stay in the first cache
 
-        Part(const Stretch& stretch, int channels) : pairs(stretch.taps / 2), offsets(stretch.offsets) {
-            for (size_t tap = 0; tap < stretch.weights.size(); tap += 2) push_pair(weights, stretch.weights[tap], stretch.weights[tap + 1]);
-            near = mask(stretch.skipped, channels);
-            far = mask(stretch.skipped + 2 * channels, channels);
-        }
-
-        static __m128i mask(int64_t first, int64_t channels) {
-            const auto at = [&](int64_t x, int64_t c) { return static_cast<char>(first + x * channels + c); };
-            return _mm_setr_epi8(at(0, 0), z, at(1, 0), z, at(0, 1), z, at(1, 1), z, at(0, 2), z, at(1, 2), z, z, z, z, z);
-        }
+    struct Column {
+        alignas(32) uint8_t rows[kRows];
     };
 
-    AVX2 static __m256i load(const uint8_t* first, const uint8_t* second) {
-        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
-        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(second)), 1);
+    // Outputs first .. last - 1, made of a row's bytes start .. end - 1. The last part's last outputs may not exist.
+    struct Part {
+        int64_t first, last, start, end;
+    };
+
+    // Asks for bytes of all rows before they are needed, some at a time: so many rows are too many for the CPU to foresee.
+    class Ahead {
+    public:
+        Ahead(const uint8_t* const* in, int64_t start, int64_t end, int64_t times)
+            : in_(in), at_(start), end_(end), share_(((end - start + kLine - 1) / kLine * kRows + times - 1) / times) {}
+
+        void fetch_share() {
+            for (int64_t i = 0; i < share_ && at_ < end_; ++i) {
+                __builtin_prefetch(in_[row_] + at_);
+                if (++row_ < kRows) continue;
+                row_ = 0;
+                at_ += kLine;
+            }
+        }
+
+    private:
+        static constexpr int64_t kLine = 64;
+        const uint8_t* const* in_;
+        int64_t at_, end_, share_, row_ = 0;
+    };
+
+    Part part_from(int64_t first) const {
+        Part part{first, first, std::min(taps_.first[first] * channels_, row_bytes_ - kSide), 0};
+        do {
+            part.last += kGranule;
+            part.end = taps_.end(std::min(part.last, taps_.outputs()) - 1) * channels_;
+        } while (part.last < taps_.outputs() && part.last - first < kMostOutputs &&
+                 taps_.end(std::min(part.last + kGranule, taps_.outputs()) - 1) * channels_ - part.start <= kMostBytes);
+        return part;
     }
 
-    AVX2 void run_part(const Part& part, const uint8_t* const* in, uint8_t** out) const {
-        const __m256i near = _mm256_broadcastsi128_si256(part.near), far = _mm256_broadcastsi128_si256(part.far);
-        const __m256i close_up = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, z, z, z, z));
-        const int32_t* weights = part.weights.data();
-        for (size_t output = 0; output < part.offsets.size(); output += kOutputsPerStore) {
-            __m256i top[kOutputsPerStore], bottom[kOutputsPerStore];  // rows 0 and 1, rows 2 and 3
-            for (int i = 0; i < kOutputsPerStore; ++i) {
-                int64_t at = part.offsets[output + i];
-                Sums upper_rows = no_sums(), lower_rows = no_sums();
-                for (int64_t pair = 0; pair < part.pairs; pair += 2, at += step_) {
-                    const __m256i a = load(in[0] + at, in[1] + at), b = load(in[2] + at, in[3] + at);
-                    const __m256i near_upper = _mm256_set1_epi32(weights[0]), near_lower = _mm256_set1_epi32(weights[1]);
-                    add(upper_rows, _mm256_shuffle_epi8(a, near), near_upper, near_lower);
-                    add(lower_rows, _mm256_shuffle_epi8(b, near), near_upper, near_lower);
-                    weights += 2;
-                    if (pair + 1 == part.pairs) break;
-                    const __m256i far_upper = _mm256_set1_epi32(weights[0]), far_lower = _mm256_set1_epi32(weights[1]);
-                    add(upper_rows, _mm256_shuffle_epi8(a, far), far_upper, far_lower);
-                    add(lower_rows, _mm256_shuffle_epi8(b, far), far_upper, far_lower);
-                    weights += 2;
-                }
-                top[i] = values(upper_rows);
-                bottom[i] = values(lower_rows);
-            }
-            store(top, close_up, out[0], out[1]);
-            store(bottom, close_up, out[2], out[3]);
-            for (int row = 0; row < kBlock; ++row) out[row] += 3 * kOutputsPerStore;
+    AVX2 static void read_columns(const uint8_t* const* in, int64_t at, int64_t start, Column* columns) {
+        __m256i rows[kSide];
+        for (int i = 0; i < kSide; ++i) {
+            const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in[i] + at));
+            const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in[i + kSide] + at));
+            rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+        }
+        transpose(rows);
+        for (int i = 0; i < kSide; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(columns[at - start + i].rows), rows[i]);
+    }
+
+    AVX2 static void write_columns(const Column* columns, int64_t at, uint8_t* const* out) {
+        __m256i rows[kSide];
+        for (int i = 0; i < kSide; ++i) rows[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(columns[i].rows));
+        transpose(rows);
+        for (int i = 0; i < kSide; ++i) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out[i] + at), _mm256_castsi256_si128(rows[i]));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out[i + kSide] + at), _mm256_extracti128_si256(rows[i], 1));
         }
     }
 
-    // Four outputs of two rows, a row to a half: 12 bytes and 4 more that the next store goes over.
-    AVX2 static void store(const __m256i* outputs, __m256i close_up, uint8_t* first, uint8_t* second) {
-        const __m256i left = _mm256_packus_epi32(outputs[0], outputs[1]), right = _mm256_packus_epi32(outputs[2], outputs[3]);
-        const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(left, right), close_up);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(bytes));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(bytes, 1));
-    }
-
-    const int64_t step_;  // from a load to the next, in bytes
-    const Part parts_[2];
+    const Taps& taps_;
+    const Pairs pairs_;
+    const int64_t channels_, row_bytes_;
+    std::vector<Part> parts_;
+    int64_t most_bytes_ = 0;
 };
 
 class Vertical final : public VerticalPass {
 public:
     static constexpr int64_t kBytes = 32;
 
-    explicit Vertical(const Taps& taps) : taps_(taps), plain_(scalar_kernels.vertical(taps)) {
-        for (int64_t output = 0; output < taps.outputs(); ++output) {
-            begins_.push_back(static_cast<int64_t>(weights_.size()));
-            const int32_t* weights = taps.of(output);
-            const int64_t count = taps.count(output);
-            for (int64_t tap = 0; tap < count; tap += 2) push_pair(weights_, weights[tap], tap + 1 < count ? weights[tap + 1] : 0);
-        }
-    }
+    explicit Vertical(const Taps& taps) : pairs_(taps), plain_(scalar_kernels.vertical(taps)) {}
 
     AVX2 void run(int64_t output, const uint8_t* const* in, int64_t bytes, uint8_t* out) const override {
         if (bytes < kBytes) return plain_->run(output, in, bytes, out);
-        const int32_t* weights = weights_.data() + begins_[output];
-        const int64_t taps = taps_.count(output);
-        for (int64_t at = 0; at + kBytes <= bytes; at += kBytes) run_bytes(weights, taps, in, at, out + at);
-        if (bytes % kBytes) run_bytes(weights, taps, in, bytes - kBytes, out + bytes - kBytes);
+        const int32_t* weights = pairs_.of(output);
+        with_pairs(pairs_.count(output), [&](auto pairs) AVX2 {
+            for (int64_t at = 0; at < bytes; at += kBytes) {
+                const int64_t start = std::min(at, bytes - kBytes);
+                const auto row = [&](int64_t tap) { return in[tap] + start; };
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + start), weighted_sum(weights, pairs, row));
+            }
+        });
     }
 
 private:
-    AVX2 static void run_bytes(const int32_t* weights, int64_t taps, const uint8_t* const* in, int64_t at, uint8_t* out) {
-        const __m256i zero = _mm256_setzero_si256();
-        Sums sums[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
-        for (int64_t tap = 0; tap < taps; tap += 2) {
-            const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in[tap] + at));
-            const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in[tap + 1] + at));
-            const __m256i upper = _mm256_set1_epi32(weights[tap]), lower = _mm256_set1_epi32(weights[tap + 1]);
-            const __m256i left = _mm256_unpacklo_epi8(a, b), right = _mm256_unpackhi_epi8(a, b);
-            add(sums[0], _mm256_unpacklo_epi8(left, zero), upper, lower);
-            add(sums[1], _mm256_unpackhi_epi8(left, zero), upper, lower);
-            add(sums[2], _mm256_unpacklo_epi8(right, zero), upper, lower);
-            add(sums[3], _mm256_unpackhi_epi8(right, zero), upper, lower);
-        }
-        const __m256i left = _mm256_packus_epi32(values(sums[0]), values(sums[1]));
-        const __m256i right = _mm256_packus_epi32(values(sums[2]), values(sums[3]));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_packus_epi16(left, right));
-    }
-
-    const Taps& taps_;
+    const Pairs pairs_;
     const std::unique_ptr<VerticalPass> plain_;  // for rows shorter than a vector
-    std::vector<int64_t> begins_;
-    std::vector<int32_t> weights_;
-};
-
-// The writers take 16 bytes, of which 14 are a channel's, and write exactly 14 values, for the neighbours belong to others: two
-// overlapping halves, bytes 0 .. 7 and 6 .. 13.
-struct WriteBytes {
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), plane);
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 6), _mm_srli_si128(plane, 6));
-    }
-};
-
-// x * 2 / 255 - 1 with 2 / 255 in two floats: for each of the 256 bytes this rounds to Hugging Face's value.
-AVX2 inline __m256 normalised(__m128i eight_bytes) {
-    constexpr float kUpper = static_cast<float>(2 / 255.0), kLower = static_cast<float>(2 / 255.0 - kUpper);
-    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight_bytes));
-    const __m256 scaled = _mm256_fmadd_ps(x, _mm256_set1_ps(kUpper), _mm256_mul_ps(x, _mm256_set1_ps(kLower)));
-    return _mm256_sub_ps(scaled, _mm256_set1_ps(1.0f));
-}
-
-struct WriteFloats {
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
-        _mm256_storeu_ps(reinterpret_cast<float*>(out), normalised(plane));
-        _mm256_storeu_ps(reinterpret_cast<float*>(out + 6 * sizeof(float)), normalised(_mm_srli_si128(plane, 6)));
-    }
-};
-
-struct WriteBfloats {
-    AVX2 static __m256i rounded(__m256 values) {
-        const __m256i bits = _mm256_castps_si256(values);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
-    }
-
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values&) {
-        const __m256i mixed = _mm256_packus_epi32(rounded(normalised(plane)), rounded(normalised(_mm_srli_si128(plane, 6))));
-        const __m256i halves = _mm256_permute4x64_epi64(mixed, 0b11011000);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(halves));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 6 * 2), _mm256_extracti128_si256(halves, 1));
-    }
-};
-
-template <class Value>
-struct WriteFromTable {
-    AVX2 static void write(__m128i plane, uint8_t* out, const Values& values) {
-        uint8_t bytes[16];
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), plane);
-        for (int x = 0; x < 14; ++x) std::memcpy(out + x * sizeof(Value), values.table + bytes[x] * sizeof(Value), sizeof(Value));
-    }
 };
 
 // Takes the channels' 14 bytes each out of 14 pixels, which fill `channels` loads: the last one overlaps, so that none passes the end.
-template <int channels, class Writer>
-AVX2 void cut_as(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values) {
+// A store of 16 bytes runs into the next row of the patch, which is written after it; the patch's last row is stored in two halves.
+template <int channels>
+AVX2 void cut_channels(const uint8_t* const* rows, int64_t columns, uint8_t* out) {
     int64_t starts[channels];
     __m128i masks[3][channels];
     for (int i = 0; i < channels; ++i) {
@@ -225,30 +271,66 @@ AVX2 void cut_as(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patc
             masks[c][i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
         }
     }
-    for (int64_t column = 0; column < columns; ++column, row += 14 * channels, out += patch_stride) {
-        __m128i loads[channels];
-        for (int i = 0; i < channels; ++i) loads[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + starts[i]));
-        for (int c = 0; c < 3; ++c) {
-            __m128i plane = _mm_shuffle_epi8(loads[0], masks[c][0]);
-            for (int i = 1; i < channels; ++i) plane = _mm_or_si128(plane, _mm_shuffle_epi8(loads[i], masks[c][i]));
-            Writer::write(plane, out + c * plane_stride, values);
-        }
+    for (int64_t x = 0; x < columns * kPatchSide * channels; x += kPatchSide * channels) {
+        const auto plane = [&](int64_t y, int c) AVX2 {
+            __m128i bytes = _mm_setzero_si128();
+            for (int i = 0; i < channels; ++i) {
+                const __m128i pixels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[y] + x + starts[i]));
+                bytes = _mm_or_si128(bytes, _mm_shuffle_epi8(pixels, masks[c][i]));
+            }
+            return bytes;
+        };
+        for (int c = 0; c < 3; ++c)
+            for (int64_t y = 0; y < kPatchSide; ++y, out += kPatchSide)
+                if (c < 2 || y + 1 < kPatchSide) _mm_storeu_si128(reinterpret_cast<__m128i*>(out), plane(y, c));
+        const __m128i last = plane(kPatchSide - 1, 2);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out - 14), last);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out - 8), _mm_srli_si128(last, 6));
     }
 }
 
-using Cut = void (*)(const uint8_t* row, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values);
-
-template <int channels>
-Cut cut_for(const Values& values) {
-    if (!values.table) return cut_as<channels, WriteBytes>;
-    if (values.normalised) return values.bytes == 4 ? cut_as<channels, WriteFloats> : cut_as<channels, WriteBfloats>;
-    if (values.bytes == 4) return cut_as<channels, WriteFromTable<uint32_t>>;
-    return values.bytes == 2 ? cut_as<channels, WriteFromTable<uint16_t>> : cut_as<channels, WriteFromTable<uint8_t>>;
+void cut(const uint8_t* const* rows, int channels, int64_t columns, uint8_t* out) {
+    (channels == 3 ? cut_channels<3> : cut_channels<4>)(rows, columns, out);
 }
 
-void cut(const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values) {
-    const Cut cut = channels == 3 ? cut_for<3>(values) : cut_for<4>(values);
-    cut(row, columns, out, patch_stride, plane_stride, values);
+// x * 2 / 255 - 1 with 2 / 255 in two floats: for each of the 256 bytes this rounds to Hugging Face's value.
+AVX2 inline __m256 normalised(const uint8_t* eight_bytes) {
+    constexpr float kUpper = static_cast<float>(2 / 255.0), kLower = static_cast<float>(2 / 255.0 - kUpper);
+    const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight_bytes))));
+    const __m256 scaled = _mm256_fmadd_ps(x, _mm256_set1_ps(kUpper), _mm256_mul_ps(x, _mm256_set1_ps(kLower)));
+    return _mm256_sub_ps(scaled, _mm256_set1_ps(1.0f));
+}
+
+AVX2 inline __m256i bfloat16_bits(__m256 values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
+}
+
+AVX2 void convert(const uint8_t* bytes, int64_t count, uint8_t* out, const Values& values) {
+    constexpr int64_t kAtOnce = 16;
+    int64_t done = 0;
+    if (values.normalised && values.bytes == 4) {
+        // Past the caches where it can be: whoever reads so many floats does it later.
+        const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+        float* to = reinterpret_cast<float*>(out);
+        for (; done + 8 <= count; done += 8) {
+            const __m256 eight = normalised(bytes + done);
+            if (aligned) {
+                _mm_stream_ps(to + done, _mm256_castps256_ps128(eight));
+                _mm_stream_ps(to + done + 4, _mm256_extractf128_ps(eight, 1));
+            } else {
+                _mm256_storeu_ps(to + done, eight);
+            }
+        }
+        _mm_sfence();
+    } else if (values.normalised) {
+        for (; done + kAtOnce <= count; done += kAtOnce) {
+            const __m256i mixed = _mm256_packus_epi32(bfloat16_bits(normalised(bytes + done)), bfloat16_bits(normalised(bytes + done + 8)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * done), _mm256_permute4x64_epi64(mixed, 0b11011000));
+        }
+    }
+    scalar_kernels.convert(bytes + done, count - done, out + values.bytes * done, values);
 }
 
 }  // namespace
@@ -257,12 +339,12 @@ const Kernels avx2_kernels{
     "avx2",
     [] { return (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) != 0; },
     [](const Taps& taps, int channels) -> std::unique_ptr<HorizontalPass> {
-        Stretches planned;
-        if (!plan_stretches(taps, channels, 2, planned)) return scalar_kernels.horizontal(taps, channels);
-        return std::make_unique<Horizontal>(planned, channels);
+        if (taps.input * channels < kSide) return scalar_kernels.horizontal(taps, channels);
+        return std::make_unique<Horizontal>(taps, channels);
     },
     [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<Vertical>(taps); },
     cut,
+    convert,
 };
 
 }  // namespace idefics2

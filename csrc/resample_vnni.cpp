@@ -65,9 +65,8 @@ const Kernels vnni_kernels{
     },
     wide_horizontal,
     wide_vertical,
-    [](const uint8_t* row, int channels, int64_t columns, uint8_t* out, int64_t patch_stride, int64_t plane_stride, const Values& values) {
-        avx2_kernels.cut(row, channels, columns, out, patch_stride, plane_stride, values);
-    },
+    [](const uint8_t* const* rows, int channels, int64_t columns, uint8_t* out) { avx2_kernels.cut(rows, channels, columns, out); },
+    [](const uint8_t* bytes, int64_t count, uint8_t* out, const Values& values) { avx2_kernels.convert(bytes, count, out, values); },
 };
 
 }  // namespace idefics2

@@ -48,7 +48,7 @@ WIDE inline Vector values(const Sums& sums) {
 class WideHorizontal final : public HorizontalPass {
 public:
     WideHorizontal(const Stretches& planned, int channels)
-        : step_(kPixelsPerLoad * channels), parts_{Part(planned.start, channels), Part(planned.end, channels)} {}
+        : HorizontalPass(kBlock), step_(kPixelsPerLoad * channels), parts_{Part(planned.start, channels), Part(planned.end, channels)} {}
 
     WIDE void run(const uint8_t* const* in, uint8_t* const* out) const override {
         uint8_t* to[kBlock] = {out[0], out[1], out[2], out[3]};
@@ -56,6 +56,8 @@ public:
     }
 
 private:
+    static constexpr int kBlock = 4;
+
     struct Part {
         int64_t quads;
         std::vector<int64_t> offsets;

@@ -16,6 +16,9 @@ _HOMES = {
     "Processor": "processor",
     "Segments": "kernels.segments",
     "pack_images": "images",
+    "patch": "patching",
+    "patch_classes": "patching",
+    "register_attention": "patching",
 }
 
 __all__ = sorted(_HOMES)

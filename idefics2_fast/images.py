@@ -72,6 +72,26 @@ class PackedImages:
         return self.images.offsets
 
 
+class BufferRing:
+    """Memory for `pack_images(out=...)` that is used again in turn: new pages cost more than the arithmetic. Page-locked where there is
+    CUDA, for copies to the card that run beside the next batch's preparation."""
+
+    def __init__(self, slots: int = 2) -> None:
+        """A batch stays until `slots` more have been packed."""
+        if slots < 1:
+            raise ValueError(f"slots is {slots}, expected 1 or more")
+        self._slots = [torch.empty(0, dtype=torch.uint8)] * slots
+
+    def next(self, patches: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """[patches, 588] with any contents, in the memory of the oldest batch, or in new memory where that is too small."""
+        size = patches * PATCH_DIM * dtype.itemsize
+        memory = self._slots.pop(0)
+        if memory.numel() < size:
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self._slots.append(memory)
+        return memory[:size].view(dtype).view(patches, PATCH_DIM)
+
+
 @dataclass(frozen=True)
 class Crop:
     """A part of an image that the vision tower sees as one image, in sizes alone.
@@ -116,7 +136,7 @@ def pack_images(
     position_ids: str = "transformers-5",
     max_pixels: int = MAX_PIXELS,
     upscale: Sequence[float] | None = None,
-    out: Tensor | np.ndarray | None = None,
+    out: Tensor | np.ndarray | BufferRing | None = None,
     threads: int | None = None,
 ) -> PackedImages:
     """Packs images of any sizes. The longer side is cut to `longest_edge`, then each side is raised to `shortest_edge`.
@@ -134,7 +154,7 @@ def pack_images(
         max_pixels: larger images are refused before they are decoded. Pillow's own limit, 178.9 million, holds beside it for files.
         upscale: a factor for each image, 1 or more, by which both sides grow before the rule above; it is all one resize.
         out: contiguous [at least P, 588] of `dtype` on the CPU, to be written to: `patches` is its beginning. After an error its
-            contents are undefined.
+            contents are undefined. Or a `BufferRing`, which has room for any batch.
         threads: how many to use; `set_num_threads` sets what is used otherwise.
 
     Raises:
@@ -169,7 +189,7 @@ def pack_images(
         patches=patches,
         patch_positions=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *positions])),
         images=Segments.of_lengths(rows * columns for rows, columns in (crop.grid for crop in crops)),
-        grids=torch.tensor([crop.grid for crop in crops], dtype=torch.int64).view(-1, 2),
+        grids=torch.from_numpy(np.array([crop.grid for crop in crops], np.int64).reshape(-1, 2)),
     )
 
 
@@ -214,11 +234,13 @@ def _each_image(work: Callable[[int], T], count: int, workers: int = 1, order: S
             executor.shutdown(cancel_futures=True)
 
 
-def _buffer(out: Tensor | np.ndarray | None, ends: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """[P, 588] for images whose patches end at `ends`: new, or the beginning of the caller's."""
+def _buffer(out: Tensor | np.ndarray | BufferRing | None, ends: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """[P, 588] for images whose patches end at `ends`: new, the ring's next, or the beginning of the caller's."""
     total = ends[-1] if ends else 0
     if out is None:
         return torch.empty(total, PATCH_DIM, dtype=dtype)
+    if isinstance(out, BufferRing):
+        return out.next(total, dtype)
     if isinstance(out, np.ndarray):
         if not out.flags.writeable:
             raise ValueError("out is read-only, expected memory that can be written to")

@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 BLOCK = 256
 # A row whose squared norm is below this part of ||W||^2 is computed directly: 1e-3 of it holds rounding errors of 1e-7 / 1e-3 in fp32.
 CANCELLED = 1e-3
+# A gain below this, and the output says too little of what it was made from.
+SMALLEST_GAIN = 1e-3
 
 
 def reference(
@@ -94,7 +96,8 @@ def combine(
 ) -> Tensor:
     """Adds an adapter to the output of a frozen layer: g * (base - bias + s B h) + bias.
 
-    One tensor of the output's size is kept for the backward pass. Double backward raises a RuntimeError.
+    One tensor of the output's size is kept for the backward pass, on a CPU the output itself as a rule. Double backward raises a
+    RuntimeError.
 
     Args:
         base: W x + b [..., out].
@@ -124,21 +127,23 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, base: Tensor, h: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-        inner = _inner(base, h, b, bias, scaling)
-        ctx.save_for_backward(inner, h, b, magnitude, norm)
-        ctx.scaling = scaling
-        return _scale(inner, magnitude / norm, bias, out=torch.empty_like(inner))
+        inner, gain = _inner(base, h, b, bias, scaling), magnitude / norm
+        ctx.scaling, ctx.keeps_output = scaling, _is_invertible(gain)
+        output = _scale(inner, gain, bias, out=inner if ctx.keeps_output else torch.empty_like(inner))
+        ctx.save_for_backward(output if ctx.keeps_output else inner, h, b, magnitude, norm, bias if ctx.keeps_output else None)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inner, h, b, magnitude, norm = ctx.saved_tensors
+        kept, h, b, magnitude, norm, bias = ctx.saved_tensors
         _, needs_h, needs_b, needs_magnitude, _, needs_bias, _ = ctx.needs_input_grad
         gain, rows = magnitude / norm, grad.flatten(0, -2)
         with torch.autocast(grad.device.type, enabled=False):
-            grad_inner, products = _scale_and_dot(rows, gain, inner.flatten(0, -2))
+            grad_inner, products = _scale_and_dot(rows, gain, kept.flatten(0, -2), bias)
+            products = products / gain if ctx.keeps_output else products
             return (
-                grad_inner.view(inner.shape),
+                grad_inner.view(kept.shape),
                 (grad_inner @ b).mul_(ctx.scaling).view(h.shape) if needs_h else None,
                 (grad_inner.T @ h.flatten(0, -2)).mul_(ctx.scaling) if needs_b else None,
                 (products / norm).to(magnitude.dtype) if needs_magnitude else None,
@@ -161,14 +166,25 @@ def _scale(inner: Tensor, gain: Tensor, bias: Tensor | None, out: Tensor) -> Ten
     return torch.mul(inner, gain, out=out) if bias is None else torch.addcmul(bias, inner, gain, out=out)
 
 
-def _scale_and_dot(grad: Tensor, gain: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-    """g * grad, and the columns' sums of grad * inner in the gain's dtype, by blocks of rows that stay in cache."""
+def _is_invertible(gain: Tensor) -> bool:
+    """Whether W x + s B h can be had back from the output, which what follows a layer mostly keeps anyway.
+
+    Not where a row's magnitude has gone to zero; nor on a GPU, which would have to wait for the answer, or in compiled code.
+    """
+    if gain.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool((gain.abs() > SMALLEST_GAIN).all())
+
+
+def _scale_and_dot(grad: Tensor, gain: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """g * grad, and the columns' sums of grad * (values - bias) in the gain's dtype, by blocks of rows that stay in cache."""
     if torch.compiler.is_compiling():
-        return (grad * gain).to(grad.dtype), (grad * inner.to(gain.dtype)).sum(0)  # fused
-    scaled, sums = torch.empty_like(inner), torch.zeros_like(gain)
-    for rows, out, values in zip(grad.split(BLOCK), scaled.split(BLOCK), inner.split(BLOCK), strict=True):
+        return (grad * gain).to(grad.dtype), (grad * values.to(gain.dtype)).sum(0)  # fused
+    scaled, sums = torch.empty_like(values), torch.zeros_like(gain)
+    for rows, out, block in zip(grad.split(BLOCK), scaled.split(BLOCK), values.split(BLOCK), strict=True):
         torch.mul(rows, gain, out=out)
-        sums += (rows * values.to(gain.dtype)).sum(0)
+        block = block.to(gain.dtype) if bias is None else block.to(gain.dtype) - bias
+        sums += block.mul(rows).sum(0)
     return scaled, sums
 
 

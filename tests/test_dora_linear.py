@@ -91,7 +91,7 @@ def test_small_corrections_of_the_magnitude_survive_half_precision():
     y = combine(base * 1.5, torch.zeros(1, 2).bfloat16(), torch.zeros(64, 2).bfloat16(), gain, torch.ones(64), scaling=1.0)
     torch.testing.assert_close(y, (1.5 * gain).bfloat16()[None], rtol=0, atol=0)
     grad = torch.full((1, 64), 1.5, dtype=torch.bfloat16)
-    assert torch.equal(dora_linear._scale_and_dot(grad, gain, base)[0], (1.5 * gain).bfloat16()[None])
+    assert torch.equal(dora_linear._scale_and_dot(grad, gain, base, None)[0], (1.5 * gain).bfloat16()[None])
 
 
 @pytest.mark.parametrize("bias", [False, True])

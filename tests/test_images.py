@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from support.hf_images import hf_patches
 from support.pillow_images import pillow_patches
 
-from idefics2_fast import _C, pack_images
+from idefics2_fast import _C, images, pack_images
 
 ORIENTATION = 0x0112
 
@@ -624,3 +624,27 @@ def test_an_unreadable_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(ValueError, match=r"image 1: .*a\.jpg cannot be read: .*Permission denied"):
         pack_images([photo(), file(tmp_path, "a.jpg", encoded(photo()))])
+
+
+# --- memory used again ---
+
+
+def test_a_ring_gives_the_same_memory_in_turn() -> None:
+    """The last batch stays while the next is packed; then its memory is used again, for another dtype and fewer patches too."""
+    ring = images.BufferRing(slots=2)
+    batches = [[noise(100 + 50 * i, 200)] for i in (3, 2, 1, 0)]
+    packed = [pack_images(batch, out=ring, dtype=dtype) for batch, dtype in zip(batches[:2], (torch.float32, torch.uint8), strict=True)]
+    for batch, made, dtype in zip(batches, packed, (torch.float32, torch.uint8), strict=False):
+        assert torch.equal(made.patches, pack_images(batch, dtype=dtype).patches)
+    again = pack_images(batches[2], out=ring, dtype=torch.bfloat16)
+    assert again.patches.data_ptr() == packed[0].patches.data_ptr()
+    assert torch.equal(again.patches, pack_images(batches[2], dtype=torch.bfloat16).patches)
+    assert torch.equal(packed[1].patches, pack_images(batches[1]).patches)
+
+
+def test_a_ring_grows() -> None:
+    ring = images.BufferRing(slots=1)
+    for size in (14, 400, 14):
+        assert torch.equal(pack_images([noise(size, size)], out=ring).patches, pack_images([noise(size, size)]).patches)
+    with pytest.raises(ValueError, match="slots is 0, expected 1 or more"):
+        images.BufferRing(0)

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from idefics2_fast import ops, row_norm
-from idefics2_fast.row_norm import OptimizerSteps
 from idefics2_fast.patching import dora
 from idefics2_fast.patching.dora import Unsupported, dora_variant
+from idefics2_fast.row_norm import OptimizerSteps
 
 RANKS = [8, 16, 64, 128]
 TOLERANCE = 1e-5

@@ -37,7 +37,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
 
 SEGMENTS = "idefics2_fast.kernels.segments"  # a plain data type, which every room may use
 ACCELERATORS = {"flash_attn", "xformers", "liger_kernel"}  # used where installed
-NAMES_TRANSFORMERS = {"weights.py", "processor.py", "image_processor.py", "patch.py"}
+NAMES_TRANSFORMERS = {"weights.py", "processor.py", "image_processor.py"}  # and the folder patching/
 
 
 def imports(tree: ast.Module, path: Path) -> Iterator[tuple[str, bool]]:
@@ -69,7 +69,7 @@ def forbidden(path: Path, name: str, lazy: bool) -> bool:
     if root in {"kernels", "training", "benchmarks", "tests"}:
         return True
     if root == "transformers" and folder != "benchmarks":
-        return not lazy or folder != "idefics2_fast" or path.name not in NAMES_TRANSFORMERS
+        return not lazy or folder != "idefics2_fast" or not (path.name in NAMES_TRANSFORMERS or path.parent.name == "patching")
     if folder == "kernels":
         ours = {"torch", "triton", "numpy"} | sys.stdlib_module_names | (ACCELERATORS if lazy else set())
         return root not in ours and not within(name, "idefics2_fast.kernels")
@@ -106,6 +106,9 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("idefics2_fast/weights.py", "import transformers", True),
         ("idefics2_fast/weights.py", "def f():\n    import transformers", False),
         ("idefics2_fast/model.py", "def f():\n    from transformers import AutoModel", True),
+        ("idefics2_fast/patching/vision.py", "import transformers", True),
+        ("idefics2_fast/patching/vision.py", "def f():\n    import transformers", False),
+        ("idefics2_fast/patching/vision.py", "from idefics2_fast.kernels import linear", True),
         ("idefics2_fast/model.py", "import kernels", True),
         ("training/trainer.py", "from idefics2_fast.benchmarks import harness", True),
         ("training/trainer.py", "from idefics2_fast.kernels.linear import linear", True),
