@@ -11,7 +11,7 @@ from itertools import accumulate, chain
 import numpy as np
 
 from idefics2_fast.batch import IGNORED
-from idefics2_fast.images import _open, plan_crops
+from idefics2_fast.images import image_size, plan_crops
 from idefics2_fast.processor import Processor
 from idefics2_fast.training.order import uniform
 from idefics2_fast.training.samples import ImageReference, Sample, Turn
@@ -113,7 +113,7 @@ class Planner:
         """Patches of each crop of an image."""
         rules = {"shortest_edge": self.processor.shortest_edge, "longest_edge": self.processor.longest_edge}
         try:
-            height, width = _open(image, self.processor.max_pixels).size
+            height, width = image_size(image, self.processor.max_pixels)
             crops = plan_crops(height, width, split=split, upscale=upscale, **rules)
         except ValueError as error:
             raise ValueError(f"image {index}: {error}") from error
@@ -122,7 +122,7 @@ class Planner:
     def _tokens_and_labels(self, turns: Sequence[Turn], split: bool) -> tuple[np.ndarray, np.ndarray]:
         """int64 [T] each. The answer and its end token are trained, and EOS after it; the line's end between turns is not."""
         tokenizer = self.processor.tokenizer
-        pieces = [(self._processors[split]._expand(text), trained) for text, trained in self._pieces(turns)]
+        pieces = [(self._processors[split].expand_marks(text), trained) for text, trained in self._pieces(turns)]
         text = "".join(piece for piece, _ in pieces)
         add_bos = not text.startswith(tokenizer.bos_token)
         encoded = tokenizer(text, add_special_tokens=add_bos, return_offsets_mapping=True)
