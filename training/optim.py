@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,21 @@ from torch.distributed.tensor import DTensor
 from idefics2_fast.training.recipe import Recipe
 
 
-def adamw(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the parameters that are trained: matrices decay, biases, norms, magnitudes and latents do not (the authors' groups)."""
+def adamw(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, by_rows: Collection[nn.Parameter] = ()) -> torch.optim.AdamW:
+    """AdamW over the parameters that are trained: matrices decay, biases, norms, magnitudes and latents do not (the authors' groups).
+
+    Args:
+        by_rows: matrices of which some rows alone are trained; they do not decay, for all rows would.
+    """
+    rowwise = {id(parameter) for parameter in by_rows}
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trained:
         raise ValueError(f"the recipe trains no parameter: targets {recipe.targets!r}, trained {recipe.trained!r}")
     groups = [
-        {"params": [p for name, p in trained if decays(name, p) is wanted], "weight_decay": recipe.weight_decay if wanted else 0.0}
+        {
+            "params": [p for name, p in trained if (decays(name, p) and id(p) not in rowwise) is wanted],
+            "weight_decay": recipe.weight_decay if wanted else 0.0,
+        }
         for wanted in (True, False)
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate, betas=recipe.betas)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SOURCES = ("paper", "code", "inferred", "ours")
 
@@ -37,6 +39,7 @@ class Recipe:
     data: str = given("", "ours", "a .jsonl or .parquet file, or a folder of them")
     out: str = given("", "ours", "folder of the run")
     seed: int = given(0, "ours")
+    held_out: int = given(0, "ours", "rows at the end of the data that are not trained on, and answered when the run ends")
 
     # what is trained
     adapter: Literal["dora", "lora", "full"] = given("dora", "paper", "section 3.4: DoRA in instruction tuning")
@@ -96,14 +99,11 @@ def instruct(model: str | Path, data: str | Path, out: str | Path, **changes: An
     Raises:
         ValueError: a field that does not exist, a value that cannot be.
     """
-    known = {entry.name for entry in fields(Recipe)}
-    for name in changes:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise ValueError(f"a recipe has no field {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
+    _check_names(changes)
     if changes.get("adapter") == "full":
         changes = {"dropout": 0.0} | changes
-    return Recipe(model=str(model), data=str(data), out=str(out), **changes)
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    return Recipe(model=str(model), data=str(data), out=str(out), **settings)
 
 
 RECIPES = {"instruct": instruct}
@@ -126,37 +126,72 @@ def _shown(value: Any) -> str:
 PARTS = ("vision", "connector", "text")
 
 
+def _check_names(names: Iterable[str]) -> None:
+    known = {entry.name for entry in fields(Recipe)}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ValueError(f"a recipe has no field {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
+
+
 def _check(r: Recipe) -> None:
     """Each rule: does it hold, what is wrong, what was expected."""
-    choices = {
-        "adapter": ("dora", "lora", "full"),
-        "schedule": ("constant", "linear", "cosine"),
-        "dtype": ("bfloat16", "float32"),
-        "checkpointing": ("none", "selective", "full"),
-    }
-    for name, allowed in choices.items():
-        _expect(getattr(r, name) in allowed, name, r, "one of " + ", ".join(allowed))
+    for name, hint in get_type_hints(Recipe).items():
+        _expect(_is(getattr(r, name), hint), name, r, _named(hint))
     for name in ("rank", "tokens", "patches", "packs", "steps", "save_every", "keep", "skip_at_most", "workers"):
-        value = getattr(r, name)
-        _expect(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, r, "a whole number, 1 or more")
+        _expect(getattr(r, name) >= 1, name, r, "1 or more")
     for name in ("split_share", "upscale_share"):
         _expect(0 <= getattr(r, name) <= 1, name, r, "between 0 and 1")
+    _expect(0 <= r.seed < 2**63, "seed", r, "0 or more, below 2**63")
     _expect(0 <= r.dropout < 1, "dropout", r, "at least 0 and below 1")
     _expect(r.upscale_most >= 1.5 or not r.upscale_share, "upscale_most", r, "1.5 or more: the factor is drawn from Triangular(1.5, M, M)")
     for name in ("alpha", "learning_rate", "clip"):
         _expect(getattr(r, name) > 0, name, r, "above 0")
-    for name in ("weight_decay", "neftune_alpha", "z_loss", "warmup"):
+    for name in ("weight_decay", "neftune_alpha", "z_loss", "warmup", "held_out"):
         _expect(getattr(r, name) >= 0, name, r, "0 or more")
-    _expect(len(r.betas) == 2 and all(0 <= b < 1 for b in r.betas), "betas", r, "two numbers, each at least 0 and below 1")
+    _expect(all(0 <= b < 1 for b in r.betas), "betas", r, "two numbers, each at least 0 and below 1")
     _expect(r.warmup < r.steps or r.schedule == "constant", "warmup", r, f"below steps = {r.steps}: the rate would never reach its peak")
     _expect(set(r.targets) <= set(PARTS), "targets", r, "parts among " + ", ".join(PARTS))
     _expect(set(r.trained) <= {*PARTS, "head", "new_tokens"}, "trained", r, "parts among " + ", ".join((*PARTS, "head", "new_tokens")))
     if r.adapter == "full":
         _expect(not r.dropout, "dropout", r, "0 with adapter='full': dropout stands on the adapters' branch")
     else:
-        both = sorted(set(r.targets) & set(r.trained))
-        _expect(not both, "trained", r, f"no part of `targets`: {', '.join(both)} cannot be trained whole and carry adapters")
-        _expect(bool(r.targets), "targets", r, "a part at least with adapter={r.adapter!r}")
+        _check_adapters(r)
+
+
+def _check_adapters(r: Recipe) -> None:
+    both = sorted(set(r.targets) & set(r.trained))
+    _expect(not both, "trained", r, f"no part of `targets`: {', '.join(both)} cannot be trained whole and carry adapters")
+    _expect(bool(r.targets), "targets", r, f"a part at least with adapter={r.adapter!r}")
+    _expect(
+        not ({"connector"} & set(r.targets) and r.dropout),
+        "dropout",
+        r,
+        "0 with adapters on the connector: its matrices are used themselves",
+    )
+    whole = sorted({"head", "text"} & set(r.trained))
+    _expect(not (whole and "new_tokens" in r.trained), "trained", r, f"not both new_tokens and {', '.join(whole)}, which hold those rows")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        first, *others = get_args(hint)
+        kinds = [first] * len(value) if others == [...] else [first, *others]
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _named(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a tuple of {get_args(hint)[0].__name__}"
+    return {int: "a whole number", float: "a finite number", str: "text", bool: "True or False"}[hint]
 
 
 def _expect(holds: bool, name: str, recipe: Recipe, expected: str) -> None:

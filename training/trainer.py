@@ -65,10 +65,9 @@ class Trainer:
         self.replicated = [layer.magnitude for layer in adapted(model).values() if layer.magnitude is not None]
         shard(model, ranks, DTYPES[recipe.dtype], ignored=set(self.replicated))
         register_fsdp_forward_method(model, "loss_sum")
-        if "new_tokens" in recipe.trained and recipe.adapter != "full":
-            _train_rows(model, new_tokens)
+        by_rows = _train_rows(model, new_tokens) if "new_tokens" in recipe.trained and recipe.adapter != "full" else []
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optim.adamw(model.named_parameters(), recipe)
+        self.optimizer = optim.adamw(model.named_parameters(), recipe, by_rows)
         refresh_norms(model)
         model.train()
 
@@ -199,14 +198,16 @@ def _choose_trained(model: Idefics2, recipe: Recipe) -> None:
             parameter.data = parameter.data.float()
 
 
-def _train_rows(model: Idefics2, rows: Sequence[int]) -> None:
-    """Of embedding and head only these rows are trained: the gradients of all others are zeroed before anybody sees them."""
-    for weight in (model.text_model.embed_tokens.weight, model.lm_head.weight):
+def _train_rows(model: Idefics2, rows: Sequence[int]) -> list[nn.Parameter]:
+    """Of embedding and head, which are returned, only these rows are trained: the gradients of all others are zeroed at once."""
+    weights = [model.text_model.embed_tokens.weight, model.lm_head.weight]
+    for weight in weights:
         kept = torch.zeros(weight.shape[0], 1, device=weight.device)
         kept[list(rows)] = 1
         if isinstance(weight, DTensor):
             kept = distribute_tensor(kept, weight.device_mesh, weight.placements)
         weight.register_post_accumulate_grad_hook(partial(_keep_rows, kept=kept))
+    return weights
 
 
 def _keep_rows(parameter: Tensor, kept: Tensor) -> None:
