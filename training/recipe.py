@@ -1,7 +1,7 @@
 """Recipes: functions that return one complete, checked, frozen configuration of a training run.
 
-Every value says where it comes from: "paper" (printed in arXiv 2405.02246 or a model card), "code" (read in the authors' released code or in
-Hugging Face's), "inferred" (computed, or carried over from the same authors' later models) or "ours".
+Every value says where it comes from: "paper" (printed in arXiv 2405.02246 or a model card), "code" (read in the code of the authors or of
+Hugging Face), "inferred" (computed, or carried over from the same authors' later models) or "ours".
 """
 
 from __future__ import annotations
