@@ -12,11 +12,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from idefics2_fast import Batch, Idefics2, counters, ops
+from idefics2_fast import Batch, Idefics2, ops
 from idefics2_fast.adapters import adapted, attach_adapters, refresh_norms
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.training import optim
 from idefics2_fast.training.parallel import Ranks, shard
+from idefics2_fast.training.plan import step_flops
 from idefics2_fast.training.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -149,13 +150,8 @@ class Trainer:
                 grad.copy_(part.view_as(grad))
 
     def _flops(self, batch: Batch) -> float:
-        """Forward, and backward: as much again for the inputs' gradients, and again for those of weights where they are trained."""
         images = batch.images.lengths if batch.images else ()
-        rows = batch.answer_rows.shape[0]
-        parts = counters.forward_flops(self.model.config, batch.documents.lengths, images, head_rows=rows)
-        whole = self.recipe.trained if self.recipe.adapter != "full" else ("vision", "connector", "text", "head")
-        trained = {"vision": parts.vision, "connector": parts.connector, "text": parts.text, "head": parts.head}
-        return 2.0 * parts.total + sum(flops for part, flops in trained.items() if part in whole)
+        return step_flops(self.model.config, self.recipe, batch.documents.lengths, images, batch.answer_rows.shape[0])
 
 
 def with_unread_image(batch: Batch) -> Batch:
