@@ -6,6 +6,7 @@ The folder of a run holds
     checkpoints/     to go on from (training/checkpoint.py)
     metrics.jsonl, events.jsonl, quarantine.jsonl
     adapter/         the adapters in PEFT's format, with the weights trained beside them; or model/, the whole model, where all is trained
+    report.html      the run in figures, and the answers to the rows held out
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from idefics2_fast.training.loader import Loader, Step
 from idefics2_fast.training.parallel import Ranks, ranks, whole_state
 from idefics2_fast.training.planning import Planner
 from idefics2_fast.training.recipe import Recipe
-from idefics2_fast.training.sources import Source, open_source
+from idefics2_fast.training.report import answer_rows, write_report
+from idefics2_fast.training.sources import First, Source, open_source
 from idefics2_fast.training.telemetry import Telemetry, check_sinks
 from idefics2_fast.training.trainer import DTYPES, Losses, Trainer
 
@@ -37,7 +39,10 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a run ended with: steps done, the last loss, where its weights are, and the exit code of a run that was told to stop."""
+    """What a run ended with: steps done, the last loss, where its weights are, and the exit code of a run that was told to stop.
+
+    `loss` is NaN where no step was left to do.
+    """
 
     steps: int
     loss: float
@@ -56,9 +61,42 @@ def fit(recipe: Recipe, data: Source | Sequence[Mapping[str, Any]] | None = None
         GuardError: losses or gradients that do not recover.
     """
     check_sinks(recipe.log_to)
-    source = open_source(recipe.data if data is None else data)
+    rows = open_source(recipe.data if data is None else data)
     processor = Processor.from_pretrained(recipe.model)
-    with ranks() as group, Stop() as stop:
+    with ranks() as group:
+        result = _train(recipe, trained_rows(rows, recipe), processor, group)
+    if group.first and not result.exit_code:
+        answers = answer_rows(recipe, result.weights, rows, group.device) if recipe.held_out else []
+        write_report(Path(recipe.out), recipe, answers)
+    return result
+
+
+def trained_rows(source: Source, recipe: Recipe) -> Source:
+    """All rows but those that the recipe holds out.
+
+    Raises:
+        ValueError: none is left.
+    """
+    if recipe.held_out >= len(source):
+        raise ValueError(f"held_out is {recipe.held_out}, expected fewer than the {len(source)} rows that there are")
+    return First(source, len(source) - recipe.held_out) if recipe.held_out else source
+
+
+def planner_of(recipe: Recipe, processor: Processor) -> Planner:
+    """Plans samples as the recipe says."""
+    return Planner(
+        processor,
+        seed=recipe.seed,
+        tokens=recipe.tokens,
+        patches=recipe.patches,
+        split_share=recipe.split_share,
+        upscale_share=recipe.upscale_share,
+        upscale_max=recipe.upscale_most,
+    )
+
+
+def _train(recipe: Recipe, source: Source, processor: Processor, group: Ranks) -> Fitted:
+    with Stop() as stop:
         model = Idefics2.from_pretrained(recipe.model, dtype=DTYPES[recipe.dtype], device=group.device)
         run = _Run(recipe, source, processor, model, group)
         try:
@@ -105,23 +143,13 @@ class _Run:
         self.telemetry.close()
 
     def _load_data(self, source: Source) -> Loader:
-        r = self.recipe
-        planner = Planner(
-            self.processor,
-            seed=r.seed,
-            tokens=r.tokens,
-            patches=r.patches,
-            split_share=r.split_share,
-            upscale_share=r.upscale_share,
-            upscale_max=r.upscale_most,
-        )
         return Loader(
             source,
-            planner,
-            packs=r.packs,
+            planner_of(self.recipe, self.processor),
+            packs=self.recipe.packs,
             rank=self.group.rank,
             world_size=self.group.world,
-            threads=r.workers,
+            threads=self.recipe.workers,
             quarantine=self.out / "quarantine.jsonl",
         )
 

@@ -302,6 +302,31 @@ def _undecoded(dataset: Any) -> Any:
     return dataset
 
 
+class First(Source):
+    """The first rows of a source: what is trained on where the last ones are held out."""
+
+    def __init__(self, source: Source, rows: int) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def key(self, row: int) -> str:
+        return self._source.key(row)
+
+    def place(self, row: int) -> str:
+        return self._source.place(row)
+
+    def read(self, row: int) -> Sample:
+        return self._source.read(row)
+
+    @property
+    def blocks(self) -> np.ndarray:
+        ends = np.minimum(np.cumsum(self._source.blocks), self._rows)
+        lengths = np.diff(ends, prepend=0)
+        return lengths[lengths > 0]
+
+
 class Chain(Source):
     """Several sources, one after another."""
 

@@ -6,33 +6,17 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
+from html import escape
 from pathlib import Path
 
 import pytest
 import torch
-from support.corpus import mixed_rows, write_jsonl
 
-from idefics2_fast import Idefics2, Idefics2Config, Processor
+from idefics2_fast import Idefics2, Processor
 from idefics2_fast.adapters import load_adapters
-from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
-from idefics2_fast.training.fit import fit
-from idefics2_fast.training.recipe import Recipe, instruct
+from idefics2_fast.training import Recipe, fit, instruct
 from idefics2_fast.training.trainer import Trainer
-
-CONFIG = replace(Idefics2Config.named("tiny"), perceiver=replace(Idefics2Config.named("tiny").perceiver, n_latents=4))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model`, a checkpoint, and `data.jsonl`."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_model(folder / "model", CONFIG)
-    write_processor(folder / "model", image_seq_len=4)
-    processor = replace(Processor.from_pretrained(folder / "model"), shortest_edge=28, longest_edge=112)
-    processor.save_pretrained(folder / "model")
-    write_jsonl(folder / "data.jsonl", mixed_rows(60))
-    return folder
 
 
 def recipe_of(corpus: Path, out: Path, **changes) -> Recipe:
@@ -108,8 +92,7 @@ def test_what_a_run_leaves_behind_is_what_was_trained(corpus, tmp_path, adapter)
 # A run of a recipe, told to end (SIGTERM) in the step after which `stop` are done.
 WORKER = """
 import json, signal, sys
-from idefics2_fast.training.fit import fit
-from idefics2_fast.training.recipe import instruct
+from idefics2_fast.training import fit, instruct
 from idefics2_fast.training.trainer import Trainer
 model, data, out, changes, stop = sys.argv[1:]
 update = Trainer.update
@@ -153,6 +136,33 @@ def test_two_ranks_give_the_losses_of_one_whatever_the_world_was_before(corpus, 
     for (_, loss, norm), (_, other, other_norm) in zip(one, changing, strict=True):
         assert other == pytest.approx(loss, rel=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_rows_held_out_are_not_seen_and_are_answered(corpus, tmp_path, monkeypatch):
+    seen, accumulate = set(), Trainer.accumulate
+
+    def noting(self, batches, step):
+        seen.update(key for batch in batches for key in batch.sample_keys)
+        return accumulate(self, batches, step)
+
+    monkeypatch.setattr(Trainer, "accumulate", noting)
+    fit(recipe_of(corpus, tmp_path, steps=4, held_out=52))
+    assert seen == {f"data.jsonl:{line}" for line in range(1, 9)}
+    report = (tmp_path / "report.html").read_text()
+    assert "of 52 answers" in report
+    rows = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()[-52:]]
+    assert all(escape(row["texts"][0]["assistant"]) in report for row in rows)
+    assert report.count("data:image/jpeg") == sum(len(row["images"]) for row in rows)
+    with pytest.raises(ValueError, match="held_out is 60, expected fewer than the 60 rows"):
+        fit(recipe_of(corpus, tmp_path / "b", held_out=60))
+
+
+def test_rows_are_given_as_they_are(corpus, tmp_path):
+    rows = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()]
+    rows = [row | {"images": [str(corpus / name) for name in row["images"]]} for row in rows]
+    assert fit(recipe_of(corpus, tmp_path / "rows", steps=3), data=rows).steps == 3
+    fit(recipe_of(corpus, tmp_path / "file", steps=3))
+    assert [step for step, _, _ in metrics(tmp_path / "rows")] == [step for step, _, _ in metrics(tmp_path / "file")]
 
 
 def test_sigterm_saves_and_asks_for_another_go(corpus, tmp_path, monkeypatch):
