@@ -146,11 +146,12 @@ def test_rows_held_out_are_not_seen_and_are_answered(corpus, tmp_path, monkeypat
         return accumulate(self, batches, step)
 
     monkeypatch.setattr(Trainer, "accumulate", noting)
-    fit(recipe_of(corpus, tmp_path, steps=4, held_out=52))
-    assert seen == {f"data.jsonl:{line}" for line in range(1, 9)}
+    fit(recipe_of(corpus, tmp_path, steps=4, held_out=10))
+    assert seen
+    assert seen <= {f"data.jsonl:{line}" for line in range(1, 51)}
     report = (tmp_path / "report.html").read_text()
-    assert "of 52 answers" in report
-    rows = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()[-52:]]
+    assert "of 10 answers" in report
+    rows = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()[-10:]]
     assert all(escape(row["texts"][0]["assistant"]) in report for row in rows)
     assert report.count("data:image/jpeg") == sum(len(row["images"]) for row in rows)
     with pytest.raises(ValueError, match="held_out is 60, expected fewer than the 60 rows"):
