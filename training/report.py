@@ -146,7 +146,8 @@ def _chart(records: Sequence[dict[str, Any]], metrics: Sequence[str], title: str
     points = [point for curve in curves.values() for point in curve]
     if not points:
         return ""
-    (x0, x1), (low, high) = ((f(p[axis] for p in points) for f in (min, max)) for axis in (0, 1))
+    steps, values = zip(*points, strict=True)
+    x0, x1, low, high = min(steps), max(steps), min(values), max(values)
     ticks = _ticks(min(low, 0) if low >= 0 and low < 0.5 * high else low, high)
     y0, y1 = ticks[0], ticks[-1]
     x = lambda step: LEFT + (WIDTH - LEFT - RIGHT) * ((step - x0) / (x1 - x0) if x1 > x0 else 0.5)  # noqa: E731

@@ -92,7 +92,8 @@ def test_curves_are_where_the_numbers_are(tmp_path):
     assert len(points) == 50
     lines = {label.text: float(line.get("y1")) for line, label in zip(loss.iter("line"), loss.findall("text[@class='y']"), strict=True)}
     (top, y_top), (low, y_low) = max((float(k), v) for k, v in lines.items()), min((float(k), v) for k, v in lines.items())
-    for step, (_, y) in enumerate(points, 1):
+    for step, (x, y) in enumerate(points, 1):
+        assert x == pytest.approx(report.LEFT + (report.WIDTH - report.LEFT - report.RIGHT) * (step - 1) / 49, abs=0.1)
         assert y_low + (4 - 3 * step / 50 - low) / (top - low) * (y_top - y_low) == pytest.approx(y, abs=0.1)
 
 
