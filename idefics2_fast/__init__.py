@@ -15,16 +15,24 @@ _HOMES = {
     "PackedImages": "images",
     "Processor": "processor",
     "Segments": "kernels.segments",
+    "attach_adapters": "adapters",
+    "load_adapters": "adapters",
+    "merge_adapters": "adapters",
     "pack_images": "images",
     "patch": "patching",
     "patch_classes": "patching",
     "register_attention": "patching",
+    "save_adapters": "adapters",
 }
 
-__all__ = sorted(_HOMES)
+_ROOMS = ("training",)  # packages beside this one, at hand as its attributes
+
+__all__ = sorted((*_HOMES, *_ROOMS))
 
 
 def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return importlib.import_module(f"idefics2_fast.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'idefics2_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(f"idefics2_fast.{_HOMES[name]}"), name)

@@ -28,7 +28,8 @@ class Batch:
         patches: uint8 [P, 588] as the processor makes them, or normalised floats; values in Conv2d's order (channel, row, column).
         patch_positions: int64 [P], rows of the vision tower's position table.
         images: I segments over the P patches.
-        image_rows: int64 [I * latents], where in the T tokens the image features go; None means the model looks for placeholders.
+        image_rows: int64 [I * latents], where in the T tokens the image features go; None means the model looks for placeholders, empty
+            that the features are computed and go nowhere (a rank of a trainer whose documents have no image).
         sample_keys: D names, one per document, for logs and for counter-based randomness.
         token_base: global index of the first token, so that noise is the same on any number of ranks.
         tokenizer: turns generated ids into text; None for batches made by hand.

@@ -1,4 +1,4 @@
-"""The command line: `idefics2-fast info`, `generate`, `convert` and `bench`.
+"""The command line: `idefics2-fast info`, `generate`, `convert`, `train`, `plan` and `bench`.
 
 torch and the engine are imported when the arguments are known to be good: help and mistakes answer at once.
 """
@@ -40,6 +40,7 @@ EXAMPLES = {
   {PROGRAM} info --size idefics2-8b
   {PROGRAM} generate --model HuggingFaceM4/idefics2-8b --image photo.jpg --prompt "What is in this picture?"
   {PROGRAM} convert --model path/to/checkpoint --out path/to/result --dtype bfloat16
+  {PROGRAM} train instruct --model path/to/checkpoint --data my.jsonl --out runs/a
   {PROGRAM} bench --quick""",
     "info": f"""
   {PROGRAM} info
@@ -53,6 +54,10 @@ EXAMPLES = {
     "convert": f"""
   {PROGRAM} convert --model path/to/checkpoint --out path/to/result --dtype bfloat16
   {PROGRAM} convert --model path/to/checkpoint --out path/to/result --max-shard-size 2GB""",
+    "train": f"""
+  {PROGRAM} train instruct --help""",
+    "plan": f"""
+  {PROGRAM} plan instruct --size idefics2-8b --gpus 8""",
     "bench": f"""
   {PROGRAM} bench --quick
   {PROGRAM} bench decode --model small
@@ -70,13 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 after a mistake, 130 after Ctrl-C, 141 when the reader of stdout has left.
 
     Raises:
-        SystemExit: by `--help`, by `--version` and by what `bench` runs.
+        SystemExit: by `--help`, by `--version` and by what `train`, `plan` and `bench` run.
     """
-    debug = False
+    return run_command(lambda: _parse(argv))
+
+
+def run_command(parse: Callable[[], argparse.Namespace]) -> int:
+    """Runs what arguments name: their `run`, which may return an exit code. A mistake is one line on stderr; see `main`."""
+    debug, code = False, 0
     try:
-        arguments = _parse(argv)
+        arguments = parse()
         debug = arguments.debug
-        arguments.run(arguments)
+        code = arguments.run(arguments) or 0
         print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
@@ -88,13 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 # --- arguments ---
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Mistakes become ValueErrors, so that `main` prints them as all others: one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -102,24 +112,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog=PROGRAM, description="Run Idefics2 vision-language models.", **_style(""))
+    parser = Parser(prog=PROGRAM, description="Run and train Idefics2 vision-language models.", **_style(""))
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {metadata.version('idefics2-fast')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary, add_arguments, run in (
         ("info", "Show versions, this machine, and the sizes and costs of a model.", _add_info, _info),
         ("generate", "Answer a prompt about images.", _add_generate, _generate),
         ("convert", "Write a checkpoint in another dtype, or in shards of another size.", _add_convert, _convert),
+        ("train", "Train by a recipe; arguments other than --debug are its own.", None, _train),
+        ("plan", "Show the memory, FLOPs and time of a recipe; arguments other than --debug are its own.", None, _plan),
         ("bench", "Run the benchmarks beside transformers; arguments other than these go to them.", None, _bench),
     ):
-        command = commands.add_parser(name, help=summary, description=summary, **_style(name))
+        command = commands.add_parser(name, help=summary, description=summary, add_help=run not in (_train, _plan), **_style(name))
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=run)
         if add_arguments is not None:
             add_arguments(command)
-    arguments, arguments_of_bench = parser.parse_known_args(argv)
-    if arguments_of_bench and arguments.run is not _bench:
-        parser.error(f"unrecognized arguments: {' '.join(arguments_of_bench)}")
-    arguments.rest = arguments_of_bench
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.run not in (_train, _plan, _bench):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     return arguments
 
 
@@ -206,19 +218,19 @@ def _info(arguments: argparse.Namespace) -> None:
         config = Idefics2Config.from_hf(resolve_checkpoint(arguments.model, weights=False))
     elif arguments.size is not None:
         config = Idefics2Config.named(arguments.size)
-    _print_table(_machine())
+    print_table(_machine())
     print("\nimplementation that each op takes here")
-    _print_table(_implementations(config or Idefics2Config()))
+    print_table(_implementations(config or Idefics2Config()))
     if config is not None:
         print(f"\nmodel {arguments.model or arguments.size}")
-        _print_table(_geometry(config))
+        print_table(_geometry(config))
         print()
-        _print_table(_sizes(config), figures=True)
+        print_table(_sizes(config), figures=True)
         print()
-        _print_table(_costs(config), figures=True)
+        print_table(_costs(config), figures=True)
 
 
-def _print_table(rows: Sequence[Sequence[str]], *, figures: bool = False) -> None:
+def print_table(rows: Sequence[Sequence[str]], *, figures: bool = False) -> None:
     """Aligned columns; of figures to the right, but for the first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -406,7 +418,7 @@ def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-# --- convert and bench ---
+# --- convert, and what runs other packages ---
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -430,6 +442,19 @@ def _convert(arguments: argparse.Namespace) -> None:
         shutil.copy(path, out)
     size = counters.count_parameters(model.config).total * model.dtype.itemsize
     print(f"{out}: {_bytes(size)} in {str(model.dtype).removeprefix('torch.')}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    _run_training(f"{PROGRAM} train", arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    _run_training(PROGRAM, arguments, "plan")
+
+
+def _run_training(program: str, arguments: argparse.Namespace, *first: str) -> None:
+    sys.argv = [program, *first, *arguments.rest, *(["--debug"] if arguments.debug else [])]
+    runpy.run_module("idefics2_fast.training", run_name="__main__")
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -193,6 +193,15 @@ def pack_images(
     )
 
 
+def image_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
+    """(height, width) of an image as `pack_images` will read it, upright; of most files from their headers alone.
+
+    Raises:
+        ValueError: not an image, or one of more than `max_pixels`.
+    """
+    return _open(source, max_pixels).size
+
+
 def set_num_threads(threads: int) -> None:
     """How many threads `pack_images` uses where it is not told: by default the CPUs that this process may run on."""
     if not isinstance(threads, int) or threads < 1:

@@ -5,6 +5,7 @@ Source: transformers `models/idefics2/modeling_idefics2.py`, Idefics2ForConditio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from idefics2_fast.generate import Generation, generate
 from idefics2_fast.language import TextModel
 from idefics2_fast.layers import Linear
 from idefics2_fast.vision import VisionTower
+
+# noise(embeddings [T, C], batch) -> [T, C]
+Noise = Callable[[Tensor, Batch], Tensor]
 
 
 class Idefics2(nn.Module):
@@ -76,16 +80,25 @@ class Idefics2(nn.Module):
         """
         if batch.labels is None or batch.answer_rows.shape[0] == 0:
             raise ValueError("the batch trains no token: expected labels with entries other than -100")
-        hidden = self.hidden(batch).index_select(0, batch.answer_rows)
-        targets = batch.labels.index_select(0, batch.answer_rows + 1)
-        total, count = ops.linear_cross_entropy(self.text_model.norm(hidden), self.lm_head.weight, targets)
+        total, count = self.loss_sum(batch)
         return total / count
+
+    def loss_sum(self, batch: Batch, *, noise: Noise | None = None, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The sum of the cross-entropy over the batch's trained tokens, fp32, and their number: what it is divided by is the caller's.
+
+        Args:
+            noise: what training adds to the embeddings [T, C] of a batch, the image features among them.
+            z_loss: weight of the squared log of the softmax's denominator.
+        """
+        hidden = self.hidden(batch, noise=noise).index_select(0, batch.answer_rows)
+        targets = batch.labels.index_select(0, batch.answer_rows + 1)
+        return ops.linear_cross_entropy(self.text_model.norm(hidden), self.lm_head.weight, targets, z_loss=z_loss)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] of hidden states [rows, C] before the last norm."""
         return self.lm_head(self.text_model.norm(hidden))
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch, *, noise: Noise | None = None) -> Tensor:
         """Hidden states [T, C] before the last norm; each document attends to itself alone."""
         text = self.config.text
 
@@ -93,7 +106,8 @@ class Idefics2(nn.Module):
             scale = text.head_dim**-0.5
             return ops.segment_attention(q, k, v, batch.documents, causal=True, window=text.sliding_window, scale=scale)
 
-        return self.text_model(self.embed(batch), self.text_model.rotary(batch.positions, self.dtype), attend)
+        x = self.embed(batch) if noise is None else noise(self.embed(batch), batch)
+        return self.text_model(x, self.text_model.rotary(batch.positions, self.dtype), attend)
 
     def embed(self, batch: Batch) -> Tensor:
         """Token embeddings [T, C] with the image features in the placeholders' rows.
@@ -105,8 +119,10 @@ class Idefics2(nn.Module):
         rows = self._image_rows(batch)
         if batch.patches is None:
             return tokens
-        features = self.encode_images(batch)
-        return tokens.index_copy(0, rows, features.to(tokens.dtype))
+        features = self.encode_images(batch).to(tokens.dtype)
+        if rows.shape[0] == 0:
+            return tokens + 0 * features.sum()
+        return tokens.index_copy(0, rows, features)
 
     def encode_images(self, batch: Batch) -> Tensor:
         """Image tokens [I * L, C] of the batch's images, in their order."""
@@ -117,7 +133,7 @@ class Idefics2(nn.Module):
         images, latents = len(batch.images or ()), self.config.perceiver.n_latents
         if batch.image_rows is None:
             return find_image_rows(batch.token_ids, self.config.image_token_id, latents, images)
-        if batch.image_rows.shape != (images * latents,):
+        if batch.image_rows.shape[0] and batch.image_rows.shape != (images * latents,):
             raise ValueError(
                 f"image_rows has shape {list(batch.image_rows.shape)}, expected [{images * latents}]: {images} images x {latents}"
             )
@@ -132,16 +148,23 @@ class Idefics2(nn.Module):
         return counters.decode_bytes(self.config, context_length, self.dtype.itemsize)
 
     def hf_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its name in Hugging Face's state dict, as a view: what is written to one is written to the model."""
+        """Every weight under its name in Hugging Face's state dict, as a view: what is written to one is written to the model.
+
+        Adapters are no part of it.
+        """
         named = dict(self.named_parameters())
-        return {hf: view for name, tensor in named.items() for hf, view in self._hf_views(name, tensor.detach())}
+        return {hf: view for name, tensor in named.items() for hf, view in self.hf_views(name, tensor.detach())}
 
     def hf_gradients(self) -> dict[str, Tensor]:
         """Gradients under Hugging Face's names, for parameters that have one."""
         named = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
-        return {hf: view for name, tensor in named.items() for hf, view in self._hf_views(name, tensor)}
+        return {hf: view for name, tensor in named.items() for hf, view in self.hf_views(name, tensor)}
 
-    def _hf_views(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    def hf_views(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        """The Hugging Face tensors that a parameter holds: their names and their views of it; none for a part of an adapter."""
+        if name.endswith((".a", ".b", ".magnitude")):
+            return []
+        name = name.replace(".base.", ".")
         name = name if name.startswith("lm_head") else f"model.{name}"
         name = name.replace("vision_model.layers", "vision_model.encoder.layers").replace(
             "embeddings.projection", "embeddings.patch_embedding"

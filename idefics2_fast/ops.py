@@ -24,6 +24,7 @@ from idefics2_fast.kernels import linear as _linear
 from idefics2_fast.kernels import linear_cross_entropy as _linear_cross_entropy
 from idefics2_fast.kernels import neftune as _neftune
 from idefics2_fast.kernels import perceiver_attention as _perceiver_attention
+from idefics2_fast.kernels import philox as _philox
 from idefics2_fast.kernels import rms_norm as _rms_norm
 from idefics2_fast.kernels import segment_attention as _segment_attention
 from idefics2_fast.kernels.decode_attention import Slots
@@ -274,3 +275,8 @@ def answer_rows(hidden: Tensor, labels: Tensor, *, shifted: bool = False, ignore
 def neftune(x: Tensor, lengths: Tensor, tokens: Tensor, *, alpha: float, seed: int, step: int) -> Tensor:
     """x [T, C] with noise scaled by the tokens' document lengths [T], drawn for the global token indices [T]. See `kernels/neftune.py`."""
     return _run("neftune", x)(x, lengths, tokens, alpha=alpha, seed=seed, step=step)
+
+
+def uniform(seed: int, step: int, rows: Tensor, width: int) -> Tensor:
+    """Numbers from U(-1, 1), fp32 [T, width], fixed by (seed, step, row, column) alone. See `kernels/philox.py`."""
+    return _philox.uniform(seed, step, rows, width)

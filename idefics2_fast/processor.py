@@ -198,7 +198,7 @@ class Processor:
 
     def _batch(self, texts: list[str], images: Sequence[Sequence[ImageSource]], *, add_special_tokens: bool) -> Batch:
         self._check_prompts(texts, images)
-        documents = self.tokenizer([self._expand(text) for text in texts], add_special_tokens=add_special_tokens)["input_ids"]
+        documents = self.tokenizer([self.expand_marks(text) for text in texts], add_special_tokens=add_special_tokens)["input_ids"]
         for index, document in enumerate(documents):
             if self.max_positions is not None and len(document) > self.max_positions:
                 raise ValueError(f"prompt {index} has {len(document)} tokens, expected at most {self.max_positions}, the model's positions")
@@ -231,7 +231,7 @@ class Processor:
             if marks != len(sources):
                 raise ValueError(f"prompt {index} has {marks} {self.image_token} marks and {len(sources)} images, expected as many of both")
 
-    def _expand(self, text: str) -> str:
+    def expand_marks(self, text: str) -> str:
         """Puts each image's run of placeholders in place of its mark. Neighbouring images share the fake token between them."""
         fake, image = self.fake_token, self.image_token
         run = f"{fake}{image * self.image_seq_len}{fake}" * (CROPS if self.split_images else 1)

@@ -30,7 +30,7 @@ def reference(
 def sdpa(
     q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor, v_latents: Tensor, images: Segments, *, scale: float
 ) -> Tensor:
-    """One scaled_dot_product_attention an image, the query heads of a KV head packed: the CPU path.
+    """One scaled_dot_product_attention for neighbours of one size, the query heads of a KV head packed: the CPU path.
 
     Args:
         q: [I * L, N, H]; k_latents, v_latents: [I * L, M, H]; k_context, v_context: [P, M, H].
@@ -39,10 +39,14 @@ def sdpa(
     Returns:
         [I * L, N, H]
     """
-    outputs = []
-    for q_i, *keys_values in _by_image(q, k_context, v_context, k_latents, v_latents, images):
-        outputs.append(segment_attention.attend(q_i, torch.cat(keys_values[::2]), torch.cat(keys_values[1::2]), scale=scale))
-    return torch.cat(outputs)
+    latents, outputs, start = q.shape[0] // max(1, len(images)), [], 0
+    for length, count, context in segment_attention.runs(images, k_context, v_context):
+        own = (x.narrow(0, start * latents, count * latents) for x in (k_latents, v_latents, q))
+        *own, q_run = (x.unflatten(0, (count, latents)) for x in own)
+        k, v = (torch.cat((c.unflatten(0, (count, length)), o), dim=1) for c, o in zip(context, own, strict=True))
+        outputs.append(segment_attention.attend(q_run, k, v, scale=scale).flatten(0, 1))
+        start += count
+    return torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
 def _by_image(q: Tensor, k_context: Tensor, v_context: Tensor, k_latents: Tensor, v_latents: Tensor, images: Segments) -> zip:

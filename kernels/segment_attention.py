@@ -7,6 +7,9 @@ Legend: T rows, S segments, N query heads, M key/value heads (N a multiple of M)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +36,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bo
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None, scale: float) -> Tensor:
-    """One scaled_dot_product_attention a segment: the CPU path.
+    """One scaled_dot_product_attention for neighbours of one length: the CPU path.
 
     Args:
         q: [T, N, H]; k, v: [T, M, H]; rows may be strided, the last axis must not be.
@@ -42,18 +45,31 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, w
     Returns:
         [T, N, H]
     """
-    pieces = zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True)
-    outputs = [attend(*piece, causal=causal, window=window, scale=scale) for piece in pieces if piece[0].shape[0]]
+    outputs = []
+    for length, count, pieces in runs(segments, q, k, v):
+        if length:
+            pieces = (piece.unflatten(0, (count, length)) for piece in pieces)
+            outputs.append(attend(*pieces, causal=causal, window=window, scale=scale).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
+def runs(segments: Segments, *packed: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+    """Neighbours of one length, which one call treats together: their length, how many they are, and their rows of each tensor."""
+    start = 0
+    for length, group in groupby(segments.lengths):
+        count = len(list(group))
+        yield length, count, tuple(x.narrow(0, start, count * length) for x in packed)
+        start += count * length
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None, scale: float) -> Tensor:
-    """Attention of one segment, q [Tq, N, H] to k, v [Tk, M, H]. Causal needs Tq = Tk. Keys are never repeated per query head."""
-    rows, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    q = q.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3)  # M, N/M, T, H
-    k, v = k.transpose(0, 1), v.transpose(0, 1)  # M, T, H
+    """Attention of S segments, q [S, Tq, N, H] to k, v [S, Tk, M, H]. Causal needs Tq = Tk. Keys are never repeated per query head."""
+    count, rows, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)  # S, M, N/M, T, H
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # S, M, T, H
     if causal:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         k, v = (x[:, None].expand(-1, heads // kv_heads, -1, -1) for x in (k, v))
         if window is None or rows <= window:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -61,9 +77,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int
             out = _windowed(q, k, v, window, scale)
     else:
         # every query of a KV head sees the same keys, so its heads' rows stand behind one another
-        out = F.scaled_dot_product_attention(q.reshape(1, kv_heads, -1, dim), k[None], v[None], scale=scale)
-        out = out.view(kv_heads, heads // kv_heads, rows, dim)
-    return out.permute(2, 0, 1, 3).reshape(rows, heads, dim)
+        out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, scale=scale)
+    return out.view(count, kv_heads, heads // kv_heads, rows, dim).permute(0, 3, 1, 2, 4).reshape(count, rows, heads, dim)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:

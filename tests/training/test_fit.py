@@ -1,0 +1,182 @@
+"""Whole runs on a tiny model: losses, resuming, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from html import escape
+from pathlib import Path
+
+import pytest
+import torch
+
+from idefics2_fast import Idefics2, Processor
+from idefics2_fast.adapters import load_adapters
+from idefics2_fast.training import Recipe, fit, instruct
+from idefics2_fast.training.trainer import Trainer
+
+
+def recipe_of(corpus: Path, out: Path, **changes) -> Recipe:
+    settings = {"steps": 6, "tokens": 300, "patches": 400, "packs": 2, "rank": 4, "dtype": "float32", "warmup": 2, "save_every": 3}
+    return instruct(corpus / "model", corpus / "data.jsonl", out, **{"learning_rate": 1e-3, "workers": 2, **settings, **changes})
+
+
+def metrics(out: Path) -> list[tuple[int, float, float]]:
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
+
+
+class Crash(RuntimeError):
+    pass
+
+
+def test_a_run_that_crashed_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch):
+    keys = {"whole": [], "broken": []}
+    accumulate = Trainer.accumulate
+
+    def note(kind, crash_at=None):
+        def noting(self, batches, step):
+            if step == crash_at:
+                raise Crash
+            keys[kind].append((step, tuple(key for batch in batches for key in batch.sample_keys)))
+            return accumulate(self, batches, step)
+
+        return noting
+
+    monkeypatch.setattr(Trainer, "accumulate", note("whole"))
+    whole = fit(recipe_of(corpus, tmp_path / "whole"))
+    monkeypatch.setattr(Trainer, "accumulate", note("broken", crash_at=4))
+    with pytest.raises(Crash):
+        fit(recipe_of(corpus, tmp_path / "broken"))
+    del keys["broken"][3:]  # step 3 was done after the checkpoint, and is done again
+    monkeypatch.setattr(Trainer, "accumulate", note("broken"))
+    broken = fit(recipe_of(corpus, tmp_path / "broken"))
+    assert whole.steps == broken.steps == 6
+    assert keys["whole"] == keys["broken"]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    weights = [(out.weights / "adapter_model.safetensors").read_bytes() for out in (whole, broken)]
+    assert weights[0] == weights[1]
+
+
+def test_another_recipe_is_refused_in_the_same_folder(corpus, tmp_path):
+    fit(recipe_of(corpus, tmp_path, steps=3))
+    with pytest.raises(ValueError, match="recipe"):
+        fit(recipe_of(corpus, tmp_path, steps=3, rank=2))
+
+
+@pytest.mark.parametrize("adapter", ["dora", "full"])
+def test_what_a_run_leaves_behind_is_what_was_trained(corpus, tmp_path, adapter):
+    trainers = []
+    init = Trainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "__init__", lambda self, *args, **others: (trainers.append(self), init(self, *args, **others))[1])
+        result = fit(recipe_of(corpus, tmp_path, adapter=adapter, steps=3))
+    if adapter == "full":
+        loaded = Idefics2.from_pretrained(result.weights)
+    else:
+        loaded = Idefics2.from_pretrained(corpus / "model")
+        load_adapters(loaded, result.weights)
+    batch = Processor.from_pretrained(result.weights)("river stone")
+    with torch.no_grad():
+        trained = trainers[0].model.eval()
+        for module in trained.modules():
+            getattr(module, "unshard", lambda: None)()
+        torch.testing.assert_close(loaded(batch), trained(batch), rtol=0, atol=1e-5)
+        before = Idefics2.from_pretrained(corpus / "model")(batch)
+        assert not torch.allclose(loaded(batch), before, atol=1e-3)
+
+
+# A run of a recipe, told to end (SIGTERM) in the step after which `stop` are done.
+WORKER = """
+import json, signal, sys
+from idefics2_fast.training import fit, instruct
+from idefics2_fast.training.trainer import Trainer
+model, data, out, changes, stop = sys.argv[1:]
+update = Trainer.update
+def updated(self, step):
+    if step + 1 == int(stop):
+        signal.raise_signal(signal.SIGTERM)
+    return update(self, step)
+Trainer.update = updated
+assert fit(instruct(model, data, out, **json.loads(changes))).steps == int(stop)
+"""
+
+
+def run(corpus: Path, out: Path, world: int, stop: int, **changes) -> None:
+    recipe = recipe_of(corpus, out, **changes)
+    settings = {entry.name: getattr(recipe, entry.name) for entry in fields(recipe) if entry.name not in ("model", "data", "out")}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world}",
+        "--no-python",
+        sys.executable,
+        "-c",
+        WORKER,
+    ]
+    subprocess.run(
+        [*command, recipe.model, recipe.data, str(out), json.dumps(settings), str(stop)], check=True, capture_output=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_losses_of_one_whatever_the_world_was_before(corpus, tmp_path):
+    """1 -> 2 -> 1 ranks over a resumed run, dropout and noise on, some packs without an image."""
+    changes = {"packs": 4, "tokens": 120, "dropout": 0.1}
+    run(corpus, tmp_path / "one", 1, stop=6, **changes)
+    for world, stop in ((1, 2), (2, 4), (1, 6)):
+        run(corpus, tmp_path / "changing", world, stop, **changes)
+    one, changing = metrics(tmp_path / "one"), metrics(tmp_path / "changing")
+    assert [step for step, _, _ in changing] == [1, 2, 3, 4, 5, 6]
+    for (_, loss, norm), (_, other, other_norm) in zip(one, changing, strict=True):
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert other_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_rows_held_out_are_not_seen_and_are_answered(corpus, tmp_path, monkeypatch):
+    seen, accumulate = set(), Trainer.accumulate
+
+    def noting(self, batches, step):
+        seen.update(key for batch in batches for key in batch.sample_keys)
+        return accumulate(self, batches, step)
+
+    monkeypatch.setattr(Trainer, "accumulate", noting)
+    fit(recipe_of(corpus, tmp_path, steps=4, held_out=10))
+    assert seen
+    assert seen <= {f"data.jsonl:{line}" for line in range(1, 51)}
+    report = (tmp_path / "report.html").read_text()
+    assert "of 10 answers" in report
+    rows = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()[-10:]]
+    assert all(escape(row["texts"][0]["assistant"]) in report for row in rows)
+    assert report.count("data:image/jpeg") == sum(len(row["images"]) for row in rows)
+    with pytest.raises(ValueError, match="held_out is 60, expected fewer than the 60 rows"):
+        fit(recipe_of(corpus, tmp_path / "b", held_out=60))
+
+
+def test_rows_are_given_as_they_are(corpus, tmp_path):
+    rows = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()]
+    rows = [row | {"images": [str(corpus / name) for name in row["images"]]} for row in rows]
+    assert fit(recipe_of(corpus, tmp_path / "rows", steps=3), data=rows).steps == 3
+    fit(recipe_of(corpus, tmp_path / "file", steps=3))
+    assert [step for step, _, _ in metrics(tmp_path / "rows")] == [step for step, _, _ in metrics(tmp_path / "file")]
+
+
+def test_sigterm_saves_and_asks_for_another_go(corpus, tmp_path, monkeypatch):
+    update = Trainer.update
+
+    def terminated(self, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, step)
+
+    monkeypatch.setattr(Trainer, "update", terminated)
+    result = fit(recipe_of(corpus, tmp_path))
+    assert (result.steps, result.exit_code) == (2, 75)
+    monkeypatch.setattr(Trainer, "update", update)
+    assert fit(recipe_of(corpus, tmp_path)).steps == 6
+    assert [step for step, _, _ in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]

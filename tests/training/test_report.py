@@ -1,0 +1,117 @@
+"""The report of a run: a page that stands alone, curves where the numbers are, answers beside what was expected."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from idefics2_fast.training import report
+from idefics2_fast.training.recipe import instruct
+from idefics2_fast.training.report import Answer, write_report
+from idefics2_fast.training.sources import Rejection
+
+RECIPE = instruct("a <model>", "data.jsonl", "out", rank=8)
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Collects what a page holds; fails on tags that do not close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.places = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.places += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def write_metrics(folder: Path, steps: int) -> None:
+    records = [
+        {"step": step, "loss": 4 - 3 * step / steps, "lr": 1e-4, "tokens": 100, "images": 2, "seconds": 0.5, "tokens_per_s": 200.0}
+        | {"data_wait": 0.25, "memory_bytes": 10**9, "fill_tokens": 0.9, "fill_patches": 0.8}
+        for step in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_the_page_stands_alone_and_shows_all_parts(tmp_path):
+    write_metrics(tmp_path, 50)
+    (tmp_path / "events.jsonl").write_text(json.dumps({"time": 0.0, "step": 7, "event": "skip", "reason": "loss <nan>"}) + "\n")
+    answers = [Answer("what is <image> ?", "a <b>", "a <b>", (jpeg(),)), Answer("q", "yes", "no", ()), Rejection("k", "line 9: bad")]
+    text = write_report(tmp_path, RECIPE, answers).read_text()
+    page = Page(text)
+    assert all(place.startswith("data:image/jpeg;base64,") for place in page.places)
+    assert not {"script", "link"} & set(page.tags)
+    assert page.tags.count("svg") == page.tags.count("figure") == 5
+    assert "prefers-color-scheme: dark" in text
+    for part in (
+        "1 of 2 answers",
+        "a &lt;b&gt;",
+        "line 9: bad",
+        "loss &lt;nan&gt;",
+        "a &lt;model&gt;",
+        RECIPE.digest(),
+        "set here",
+        "25.0%",
+    ):
+        assert part in text, part
+    assert Image.open(io.BytesIO(base64.b64decode(page.places[0].split(",")[1]))).size == (8, 6)
+
+
+def test_curves_are_where_the_numbers_are(tmp_path):
+    write_metrics(tmp_path, 50)
+    text = write_report(tmp_path, RECIPE).read_text()
+    loss = ElementTree.fromstring(re.search(r"<svg.*?</svg>", text, re.DOTALL)[0])
+    points = [tuple(map(float, pair.split(","))) for pair in loss.find("polyline").get("points").split()]
+    assert len(points) == 50
+    lines = {label.text: float(line.get("y1")) for line, label in zip(loss.iter("line"), loss.findall("text[@class='y']"), strict=True)}
+    (top, y_top), (low, y_low) = max((float(k), v) for k, v in lines.items()), min((float(k), v) for k, v in lines.items())
+    for step, (x, y) in enumerate(points, 1):
+        assert x == pytest.approx(report.LEFT + (report.WIDTH - report.LEFT - report.RIGHT) * (step - 1) / 49, abs=0.1)
+        assert y_low + (4 - 3 * step / 50 - low) / (top - low) * (y_top - y_low) == pytest.approx(y, abs=0.1)
+
+
+def test_long_runs_are_averaged_and_short_ones_are_points(tmp_path):
+    write_metrics(tmp_path, 5000)
+    text = write_report(tmp_path, RECIPE).read_text()
+    assert all(len(points.split()) <= report.POINTS for points in re.findall(r'points="(.*?)"', text))
+    write_metrics(tmp_path, 1)
+    assert write_report(tmp_path, RECIPE).read_text().count("<circle") == 6
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "No step was done" in write_report(tmp_path, RECIPE).read_text()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.98), (1.2e-5, 1e-4), (5, 5), (0, 0), (-3, 2), (99_000, 101_500)])
+def test_ticks_are_round_and_enclose_the_range(low, high):
+    ticks = report._ticks(low, high)
+    assert ticks[0] <= low + 1e-12
+    assert ticks[-1] >= high - 1e-12
+    assert 2 <= len(ticks) <= 6
+    mantissa = f"{ticks[1] - ticks[0]:.0e}"[0]
+    assert mantissa in "125"

@@ -1,0 +1,198 @@
+"""When a step must not count, when the run must go back, and when it must end: one answer on all ranks.
+
+Everything here runs over the default process group with CPU tensors (gloo), or in one process without a group.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from statistics import median
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+REQUEUE = 75  # sysexits.h's EX_TEMPFAIL: "try again later". The run saved and ended because it was told to; start the same command again.
+
+
+class GuardError(RuntimeError):
+    """The run cannot go on by itself. The message is the report: steps, ranks, samples."""
+
+
+class Action(Enum):
+    PROCEED = "proceed"
+    SKIP = "skip"  # drop this step's gradients: no optimizer step
+    ROLL_BACK = "roll back"  # load an earlier checkpoint, and skip the samples from there to here
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with a step, on every rank alike; why; and the samples of the ranks at fault (of all ranks, for a spike)."""
+
+    action: Action
+    reason: str = ""
+    sample_keys: tuple[str, ...] = ()
+
+
+class Guard:
+    """Looks at each step between its backward pass and its optimizer step.
+
+    A loss is a spike if it stands above the median of the last accepted ones by more than `sigmas` robust standard deviations (1.4826 times
+    the median absolute deviation), and above `factor` times the median: the first alone would fire on a flat curve, the second on a noisy
+    one.
+
+    Args:
+        skip_at_most: steps in a row with a non-finite loss or gradient; the last of them raises.
+        window: accepted losses that the median is taken of; nothing is a spike before a quarter of it is there.
+        rollbacks_at_most: rollbacks with less than `window` accepted steps in between; one more raises.
+    """
+
+    def __init__(
+        self, *, skip_at_most: int = 5, window: int = 64, sigmas: float = 6.0, factor: float = 2.0, rollbacks_at_most: int = 3
+    ) -> None:
+        for name, value, least in (("skip_at_most", skip_at_most, 1), ("window", window, 4), ("rollbacks_at_most", rollbacks_at_most, 0)):
+            if value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+        if not (sigmas > 0 and factor > 1):
+            raise ValueError(f"sigmas is {sigmas} and factor {factor}, expected more than 0 and more than 1")
+        self.skip_at_most, self.sigmas, self.factor, self.rollbacks_at_most = skip_at_most, sigmas, factor, rollbacks_at_most
+        self.losses: deque[float] = deque(maxlen=window)
+        self.skipped: list[str] = []
+        self.rollbacks = self.accepted = 0
+
+    def inspect(self, step: int, loss: float, grad_norm: float, sample_keys: Sequence[str]) -> Verdict:
+        """The verdict on a step. A collective.
+
+        Args:
+            loss: of this rank's share, or of the whole batch; the history takes the mean over ranks.
+            grad_norm: of all gradients, or of this rank's.
+            sample_keys: of the samples that this rank has seen in the step.
+
+        Raises:
+            GuardError: too many steps in a row were skipped, or too many rollbacks brought nothing.
+        """
+        wrong = [not math.isfinite(loss), not math.isfinite(grad_norm)]
+        rows = over_ranks([*map(float, wrong), 0.0 if wrong[0] else loss])
+        faults = [
+            f"{what} on rank {rank}" for rank, row in enumerate(rows) for what, bad in zip(("loss", "gradient"), row, strict=False) if bad
+        ]
+        if faults:
+            keys = gather_keys(sample_keys if any(wrong) else ())
+            return self._skip(step, f"non-finite {', '.join(faults)}", keys)
+        self.skipped = []
+        mean = sum(row[2] for row in rows) / len(rows)
+        if self._is_spike(mean):
+            return self._roll_back(step, mean, gather_keys(sample_keys))
+        self.losses.append(mean)
+        self.accepted += 1
+        if self.accepted == self.losses.maxlen:
+            self.rollbacks = 0
+        return Verdict(Action.PROCEED)
+
+    def _is_spike(self, loss: float) -> bool:
+        if 4 * len(self.losses) < self.losses.maxlen:
+            return False
+        middle = median(self.losses)
+        sigma = 1.4826 * median(abs(other - middle) for other in self.losses)
+        return loss - middle > max(self.sigmas * sigma, (self.factor - 1) * abs(middle))
+
+    def _skip(self, step: int, reason: str, keys: tuple[str, ...]) -> Verdict:
+        report = f"step {step}: {reason}; samples {', '.join(keys)}"
+        log.warning("skipped %s", report)
+        self.skipped.append(report)
+        if len(self.skipped) >= self.skip_at_most:
+            raise GuardError("\n  ".join([f"{len(self.skipped)} steps in a row were skipped, and the run stops:", *self.skipped]))
+        return Verdict(Action.SKIP, reason, keys)
+
+    def _roll_back(self, step: int, loss: float, keys: tuple[str, ...]) -> Verdict:
+        reason = f"loss {loss:.6g} where the median of the last {len(self.losses)} is {median(self.losses):.6g}"
+        log.warning("spike at step %d: %s; samples %s", step, reason, ", ".join(keys))
+        self.rollbacks, self.accepted = self.rollbacks + 1, 0
+        if self.rollbacks > self.rollbacks_at_most:
+            raise GuardError(
+                f"step {step}: {reason}, after {self.rollbacks_at_most} rollbacks that did not help; samples {', '.join(keys)}"
+            )
+        return Verdict(Action.ROLL_BACK, reason, keys)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON, the same on all ranks."""
+        return {"losses": list(self.losses), "skipped": self.skipped.copy(), "rollbacks": self.rollbacks, "accepted": self.accepted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Back to a saved state, at a resume or a rollback; rollbacks done since stay counted, or a run could go round in circles."""
+        self.losses = deque(state["losses"], self.losses.maxlen)
+        self.skipped = list(state["skipped"])
+        if state["rollbacks"] >= self.rollbacks:
+            self.rollbacks, self.accepted = state["rollbacks"], state["accepted"]
+
+
+class Stop:
+    """SIGTERM and SIGINT as a wish to end at the next step's border.
+
+        with Stop() as stop:
+            for step in ...:
+                ...
+                if stop.requested():
+                    checkpoints.save(..., asynchronous=False)
+                    sys.exit(stop.exit_code)
+
+    A second signal of the same kind acts as if nobody listened. torchrun kills its processes 30 s after it passed a SIGTERM on.
+    """
+
+    def __init__(self) -> None:
+        self._received = self._agreed = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        while self._before:
+            self._restore(next(iter(self._before)))
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = max(self._received, number)
+        self._restore(number)
+
+    def _restore(self, number: int) -> None:
+        signal.signal(number, self._before.pop(number) or signal.SIG_DFL)  # None: a handler that C code had set
+
+    def requested(self) -> bool:
+        """Whether any rank was signalled; the same answer on all. A collective: to be asked once a step, by every rank."""
+        self._agreed = int(max(row[0] for row in over_ranks([float(self._received)])))
+        return self._agreed > 0
+
+    @property
+    def exit_code(self) -> int:
+        """REQUEUE after SIGTERM; as a shell says it, 130, after SIGINT: a person who presses Ctrl-C does not want the run back."""
+        return REQUEUE if self._agreed == signal.SIGTERM else 128 + self._agreed
+
+
+def over_ranks(row: list[float]) -> list[list[float]]:
+    """The rows of all ranks, in fp64. A collective."""
+    if not dist.is_initialized():
+        return [row]
+    rows = torch.zeros(dist.get_world_size(), len(row), dtype=torch.float64)
+    rows[dist.get_rank()] = torch.tensor(row, dtype=torch.float64)
+    dist.all_reduce(rows)
+    return rows.tolist()
+
+
+def gather_keys(keys: Sequence[str]) -> tuple[str, ...]:
+    """The keys of all ranks, in the order of the ranks. A collective."""
+    parts: list[Sequence[str]] = [tuple(keys)]
+    if dist.is_initialized():
+        parts = [()] * dist.get_world_size()
+        dist.all_gather_object(parts, tuple(keys))
+    return tuple(key for part in parts for key in part)

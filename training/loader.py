@@ -1,0 +1,335 @@
+"""The loader: one global plan a step, of which each rank decodes its slice. Grain gives the threads, the prefetch and the state's path."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from absl import logging as absl_logging
+
+from idefics2_fast.batch import IGNORED, Batch, find_image_rows
+from idefics2_fast.images import PackedImages, pack_images
+from idefics2_fast.kernels.segments import Segments
+from idefics2_fast.processor import Processor
+from idefics2_fast.training.order import ShuffledRows
+from idefics2_fast.training.packing import Pack, Packer, balanced_patches
+from idefics2_fast.training.planning import Document, Planner
+from idefics2_fast.training.sources import Rejection, Source
+
+# Grain warns on every rank that it found no profiler of jax.
+absl_logging.get_absl_logger().addFilter(lambda record: "jax profiler" not in record.getMessage())
+
+import grain  # noqa: E402
+
+REPORTED = 20
+PROBED = 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank trains on between two updates of the weights.
+
+    Attributes:
+        index: of the step in the run, from 0.
+        batches: this rank's, as many on every rank. `token_base` of a batch is the index of its first token in the whole step, over all
+            ranks. A batch with nothing to train holds one BOS, under the key "".
+        epoch: how many times the data has been gone through, in parts.
+        tokens, patches: of all ranks, as planned.
+        fill: shares of the capacities in tokens and patches that are used, over all ranks.
+    """
+
+    index: int
+    batches: tuple[Batch, ...]
+    epoch: float
+    tokens: int
+    patches: int
+    fill: tuple[float, float]
+
+
+class TooManyRejections(ValueError):
+    """More of the data is bad than a run should leave out unseen."""
+
+
+class Quarantine:
+    """The samples left out, each counted once, with reasons; the run stops when they are too many.
+
+    Args:
+        path: JSON lines of key and reason are appended to it; None for no file.
+        rows: samples that there are.
+        share: of the samples seen, how many may be left out.
+        least: so many may be in any case, if others remain.
+    """
+
+    def __init__(self, path: Path | None, rows: int, share: float, least: int) -> None:
+        self.path, self.rows, self.share, self.least = path, rows, share, least
+        self.reasons: dict[str, str] = {}
+
+    def add(self, rejection: Rejection, seen: int) -> None:
+        """Counts a sample, when `seen` have been so far, the same ones in each epoch.
+
+        Raises:
+            TooManyRejections: above both limits.
+        """
+        if rejection.key in self.reasons:
+            return
+        self.reasons[rejection.key] = rejection.reason
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": rejection.key, "reason": rejection.reason}) + "\n")
+        seen = min(seen, self.rows)
+        limit = min(max(self.least, int(self.share * seen)), self.rows - 1)
+        if len(self.reasons) > limit:
+            listed = "\n".join(list(self.reasons.values())[:REPORTED])
+            more = f"\n... and {len(self.reasons) - REPORTED} more" if len(self.reasons) > REPORTED else ""
+            raise TooManyRejections(f"{len(self.reasons)} of {seen} samples cannot be used, expected at most {limit}:\n{listed}{more}")
+
+
+class Loader:
+    """Steps of packed batches without end, or for some epochs.
+
+    Every rank plans every step alike; the plan does not know how many ranks there are. `state` after a step says which samples are next.
+    A sample that cannot be planned (a bad row, an image without a header, one that fits no pack) is left out of the plan; one whose image
+    turns out damaged when it is decoded is taken out of its batch, and the rest of the plan stays.
+
+    Args:
+        source: rows.
+        planner: makes documents of them; its `seed` shuffles them, too.
+        packs: batches in a step, over all ranks; a multiple of `world_size`.
+        epochs: None for no end. The last step is filled up with batches that train nothing.
+        threads: for planning, and as many for decoding.
+        prefetch: steps that are made ready ahead.
+        max_open: as in Packer.
+        quarantine: file of what was left out; a rank adds what it found alone, and rank 0 what all found.
+        max_rejected, least_rejected: share of the samples, and number, above both of which the run stops.
+
+    Raises:
+        ValueError: settings that do not go together.
+        TooManyRejections: from `__next__`, with the list.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        planner: Planner,
+        *,
+        packs: int,
+        epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 4,
+        prefetch: int = 2,
+        max_open: int = 16,
+        quarantine: Path | None = None,
+        max_rejected: float = 1e-3,
+        least_rejected: int = 8,
+    ) -> None:
+        if packs % world_size or not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} has no even share of {packs} packs: expected a multiple of the world size")
+        self.planner, self.source, self.slice = planner, source, slice(rank * packs // world_size, (rank + 1) * packs // world_size)
+        self._identity = {"seed": planner.seed, "rows": len(source), "packs": packs, "tokens": planner.tokens, "patches": planner.patches}
+        limits = (len(source), max_rejected, least_rejected)
+        self._undecoded, self._n_decoded = Quarantine(quarantine, *limits), 0
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        plans = grain.MapDataset.source(_Plans(source, planner, epochs))
+        steps = _Steps(
+            plans.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16 * threads)),
+            plans,
+            packs,
+            Packer(planner.tokens, planner.patches, max_open),
+            Quarantine(quarantine if rank == 0 else None, *limits),
+        )
+        decoded = steps.map(self._decode)
+        self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=prefetch))
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._iterator)
+
+    def state(self) -> dict[str, Any]:
+        """What the steps after the last one given depend on, for JSON: the same on any rank of any number of ranks."""
+        return {**self._identity, **self._iterator.get_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on behind the step after which `state` was taken.
+
+        Raises:
+            ValueError: a state of other data or settings, or samples of it that cannot be planned any more.
+        """
+        for name, expected in self._identity.items():
+            if state.get(name) != expected:
+                raise ValueError(f"the loader's state has {name} = {state.get(name)}, expected {expected} as in this run")
+        self._iterator.set_state({name: value for name, value in state.items() if name not in self._identity})
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._iterator.close()
+        self._executor.shutdown(cancel_futures=True)
+
+    def _decode(self, plan: _StepPlan) -> Step:
+        mine = plan.packs[self.slice]
+        pixels = [[self._executor.submit(_pixels, document, self.planner.processor) for document in pack.documents] for pack in mine]
+        bases = np.cumsum([0, *(pack.tokens for pack in plan.packs)])[self.slice]
+        batches = [self._batch(pack, of_pack, int(base)) for pack, of_pack, base in zip(mine, pixels, bases, strict=True)]
+        tokens, patches = (sum(getattr(pack, name) for pack in plan.packs) for name in ("tokens", "patches"))
+        fill = (tokens / (len(plan.packs) * self.planner.tokens), patches / (len(plan.packs) * self.planner.patches))
+        return Step(plan.index, tuple(batches), plan.cursor / len(self.source), tokens, patches, fill)
+
+    def _batch(self, pack: Pack, pixels: Sequence[Future[PackedImages | Rejection | None]], token_base: int) -> Batch:
+        """The documents of a pack whose images are whole."""
+        kept: list[tuple[Document, PackedImages | None]] = []
+        for document, future in zip(pack.documents, pixels, strict=True):
+            result = future.result()
+            self._n_decoded += 1
+            if isinstance(result, Rejection):
+                self._undecoded.add(result, self._n_decoded)
+            else:
+                kept.append((document, result))
+        return make_batch(kept, self.planner.processor, token_base)
+
+
+def make_batch(documents: Sequence[tuple[Document, PackedImages | None]], processor: Processor, token_base: int = 0) -> Batch:
+    """One batch of documents, each with the pixels of its images if it has any. Without a document it is a BOS that trains nothing."""
+    if not documents:
+        bos = processor.tokenizer.bos_token_id
+        return Batch.from_documents([[bos]], labels=torch.tensor([IGNORED]), sample_keys=("",), token_base=token_base)
+    batch = Batch.from_documents(
+        [document.token_ids.tolist() for document, _ in documents],
+        labels=torch.from_numpy(np.concatenate([document.labels for document, _ in documents])),
+        sample_keys=tuple(document.key for document, _ in documents),
+        token_base=token_base,
+    )
+    packed = [images for _, images in documents if images is not None]
+    if not packed:
+        return batch
+    n_images = sum(len(images.images) for images in packed)
+    return replace(
+        batch,
+        patches=torch.cat([images.patches for images in packed]),
+        patch_positions=torch.cat([images.patch_positions for images in packed]),
+        images=Segments.of_lengths(length for images in packed for length in images.images.lengths),
+        image_rows=find_image_rows(batch.token_ids, processor.image_token_id, processor.image_seq_len, n_images),
+    )
+
+
+def probe_patches(source: Source, planner: Planner, probed: int = PROBED) -> int:
+    """The capacity in patches that goes with `planner.tokens`, from the first rows in the run's order: see `balanced_patches`."""
+    unlimited = _Plans(source, replace(planner, patches=sys.maxsize), epochs=1)
+    planned = (unlimited[position][1] for position in range(min(probed, len(source))))
+    documents = [document for document in planned if isinstance(document, Document)]
+    if not documents:
+        raise ValueError(f"none of the first {min(probed, len(source))} samples can be used: check the data")
+    return balanced_patches(documents, planner.tokens)
+
+
+def _pixels(document: Document, processor: Processor) -> PackedImages | Rejection | None:
+    if not document.images:
+        return None
+    try:
+        packed = pack_images(
+            document.images,
+            split=document.split,
+            shortest_edge=processor.shortest_edge,
+            longest_edge=processor.longest_edge,
+            positions_per_side=processor.positions_per_side,
+            position_ids=processor.position_ids,
+            max_pixels=processor.max_pixels,
+            upscale=document.upscale,
+            threads=1,
+        )
+        if tuple(packed.images.lengths) != document.crops:
+            raise ValueError("an image has another size than when it was planned")
+    except ValueError as error:
+        return Rejection(document.key, f"{document.key}: {error}")
+    return packed
+
+
+class _Plans:
+    """The endless stream of planned samples, by position: for Grain a source with random access."""
+
+    def __init__(self, source: Source, planner: Planner, epochs: int | None) -> None:
+        self.source, self.planner = source, planner
+        self.order = ShuffledRows(source.blocks, planner.seed)
+        self._len = sys.maxsize if epochs is None else epochs * len(source)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, position: int) -> tuple[int, Document | Rejection]:
+        epoch, row = self.order[position]
+        return position, self.source.attempt(row, lambda sample: self.planner(sample, epoch))
+
+
+@dataclass(frozen=True)
+class _StepPlan:
+    index: int
+    packs: tuple[Pack, ...]
+    cursor: int
+
+
+class _Steps(grain.IterDataset):
+    def __init__(self, parent: grain.IterDataset, *others: Any) -> None:
+        super().__init__(parent)
+        self._others = others
+
+    def __iter__(self) -> grain.DatasetIterator[_StepPlan]:
+        return _StepIterator(iter(self._parent), *self._others)
+
+
+class _StepIterator(grain.DatasetIterator[_StepPlan]):
+    """Packs planned samples, some packs a step. Its state is the cursor in the stream and the open packs, as positions."""
+
+    def __init__(self, parent: grain.DatasetIterator, plans: grain.MapDataset, packs: int, packer: Packer, quarantine: Quarantine) -> None:
+        super().__init__(parent)
+        self._plans, self._n_packs, self._packer, self._quarantine = plans, packs, packer, quarantine
+        self._index = self._cursor = 0
+
+    def __next__(self) -> _StepPlan:
+        packs: list[Pack] = []
+        while len(packs) < self._n_packs and (pack := self._next_pack()) is not None:
+            packs.append(pack)
+        if not packs:
+            raise StopIteration
+        packs += [Pack() for _ in range(self._n_packs - len(packs))]
+        self._index += 1
+        return _StepPlan(self._index - 1, tuple(packs), self._cursor)
+
+    def _next_pack(self) -> Pack | None:
+        for position, planned in self._parent:
+            self._cursor = position + 1
+            if isinstance(planned, Rejection):
+                self._quarantine.add(planned, self._cursor)
+            elif (closed := self._packer.add(position, planned)) is not None:
+                return closed
+        return self._packer.open.pop(0) if self._packer.open else None
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "step": self._index,
+            "cursor": self._cursor,
+            "open": [pack.positions for pack in self._packer.open],
+            "rejected": dict(self._quarantine.reasons),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state({"next_index": state["cursor"]})
+        self._index, self._cursor = state["step"], state["cursor"]
+        self._quarantine.reasons = dict(state["rejected"])
+        self._packer.open = [self._planned_again(positions) for positions in state["open"]]
+
+    def _planned_again(self, positions: Sequence[int]) -> Pack:
+        pack = Pack()
+        for position in positions:
+            _, planned = self._plans[position]
+            if isinstance(planned, Rejection):
+                raise ValueError(f"a sample of the saved state cannot be planned any more: {planned.reason}")
+            pack.add(position, planned)
+        return pack

@@ -1,0 +1,186 @@
+"""Samples to documents, before any pixel: tokens, labels, and from the images' headers what becomes of each."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+
+import numpy as np
+
+from idefics2_fast.batch import IGNORED
+from idefics2_fast.images import image_size, plan_crops
+from idefics2_fast.processor import Processor
+from idefics2_fast.training.order import uniform
+from idefics2_fast.training.samples import ImageReference, Sample, Turn
+
+MIN_UPSCALE = 1.5
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sample as it will be trained on, all but the pixels.
+
+    Attributes:
+        key: the sample's.
+        token_ids: int64 [T], from BOS to EOS.
+        labels: int64 [T], -100 but for the answers, their end tokens and the EOS after one.
+        images: the sample's.
+        split: each image as its four quarters and the whole.
+        upscale: a factor for each image.
+        crops: the number of patches of each crop that the vision tower will see, in order.
+    """
+
+    key: str
+    token_ids: np.ndarray
+    labels: np.ndarray
+    images: tuple[ImageReference, ...]
+    split: bool
+    upscale: tuple[float, ...]
+    crops: tuple[int, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def n_patches(self) -> int:
+        return sum(self.crops)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans samples. All chance is drawn from (seed, epoch, the sample's key).
+
+    Attributes:
+        processor: gives the tokens, the chat template and the rules for images. Its `split_images` is not used.
+        tokens, patches: the most that a document may have, the capacities of a pack.
+        split_share: share of the samples whose images are split.
+        upscale_share: share of the images that are scaled up.
+        upscale_max: M of Triangular(1.5, M, M), from which the factor is drawn.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    processor: Processor
+    seed: int
+    tokens: int
+    patches: int
+    split_share: float = 0.5
+    upscale_share: float = 0.5
+    upscale_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("split_share", "upscale_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.upscale_max < MIN_UPSCALE:
+            raise ValueError(f"upscale_max is {self.upscale_max}, expected {MIN_UPSCALE} or more")
+        if self.processor.tokenizer.chat_template is None:
+            raise ValueError("the checkpoint has no chat template: training on conversations needs one")
+        # Made here and not when wanted: a new processor adds tokens to the tokenizer, which other threads may not be using then.
+        object.__setattr__(self, "_processors", [replace(self.processor, split_images=split) for split in (False, True)])
+
+    def __call__(self, sample: Sample, epoch: int = 0) -> Document:
+        """The document of a sample in an epoch.
+
+        Raises:
+            ValueError: text with one of the tokenizer's special tokens, an image that cannot be opened, more tokens or patches than fit.
+        """
+        draw = functools.partial(uniform, self.seed, epoch, sample.key)
+        split = draw("split") < self.split_share
+        turns = _shuffled(sample.turns, draw) if sample.pairs else sample.turns
+        token_ids, labels = self._tokens_and_labels(turns, split)
+        upscale = tuple(self._upscale(draw, index) for index in range(len(sample.images)))
+        crops = tuple(chain.from_iterable(map(functools.partial(self._crops, split), range(len(upscale)), sample.images, upscale)))
+        document = Document(sample.key, token_ids, labels, sample.images, split, upscale, crops)
+        limits = [limit for limit in (self.tokens, self.processor.max_positions) if limit is not None]
+        if document.n_tokens > min(limits):
+            raise ValueError(f"the sample has {document.n_tokens} tokens, expected at most {min(limits)}: samples are never cut")
+        if document.n_patches > self.patches:
+            raise ValueError(f"the sample has {document.n_patches} patches, expected at most {self.patches}: samples are never cut")
+        return document
+
+    def _upscale(self, draw: functools.partial[float], index: int) -> float:
+        if draw("upscale", index) >= self.upscale_share:
+            return 1.0
+        return MIN_UPSCALE + (self.upscale_max - MIN_UPSCALE) * math.sqrt(draw("factor", index))
+
+    def _crops(self, split: bool, index: int, image: ImageReference, upscale: float) -> list[int]:
+        """Patches of each crop of an image."""
+        rules = {"shortest_edge": self.processor.shortest_edge, "longest_edge": self.processor.longest_edge}
+        try:
+            height, width = image_size(image, self.processor.max_pixels)
+            crops = plan_crops(height, width, split=split, upscale=upscale, **rules)
+        except ValueError as error:
+            raise ValueError(f"image {index}: {error}") from error
+        return [math.prod(crop.grid) for crop in crops]
+
+    def _tokens_and_labels(self, turns: Sequence[Turn], split: bool) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [T] each. The answer and its end token are trained, and EOS after it; the line's end between turns is not."""
+        tokenizer = self.processor.tokenizer
+        pieces = [(self._processors[split].expand_marks(text), trained) for text, trained in self._pieces(turns)]
+        text = "".join(piece for piece, _ in pieces)
+        add_bos = not text.startswith(tokenizer.bos_token)
+        encoded = tokenizer(text, add_special_tokens=add_bos, return_offsets_mapping=True)
+        token_ids = np.array(encoded["input_ids"])
+        starts = np.array([start for start, _ in encoded["offset_mapping"]])
+        piece = np.searchsorted(list(accumulate(len(text) for text, _ in pieces)), starts, side="right")
+        trained = np.array([trained for _, trained in pieces])[piece]
+        trained &= ~np.isin(token_ids, tokenizer.convert_tokens_to_ids([self.processor.image_token, self.processor.fake_token]))
+        labels = np.where(trained, token_ids, IGNORED)
+        eos = tokenizer.eos_token_id
+        return np.append(token_ids, eos), np.append(labels, eos if turns[-1].role == "assistant" else IGNORED)
+
+    def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+        """The conversation's text by the chat template, without the last line's end, in pieces that are trained or are not."""
+        messages = [{"role": turn.role, "content": [self._content(piece) for piece in turn.pieces]} for turn in turns]
+        render = functools.partial(self.processor.tokenizer.apply_chat_template, tokenize=False)
+        whole, *each = render([messages, *([message] for message in messages)])
+        if "".join(each) != whole:
+            raise ValueError("the chat template does not write turn after turn on its own: answers cannot be told from questions")
+        opening = self._opening
+        pieces = []
+        for turn, text in zip(turns, each, strict=True):
+            if turn.role != "assistant":
+                pieces.append((text, False))
+                continue
+            if not text.startswith(opening):
+                raise ValueError(f"the chat template opens an answer with {text[: len(opening)]!r}, but asks for one with {opening!r}")
+            answer = text[len(opening) :].removesuffix("\n")
+            pieces += [(opening, False), (answer, True), (text[len(opening) + len(answer) :], False)]
+        last, trained = pieces.pop()
+        return [*pieces, (last.removesuffix("\n"), trained)]
+
+    def _content(self, piece: str | None) -> dict[str, str]:
+        if piece is None:
+            return {"type": "image"}
+        special = next((token for token in self._special_tokens if token in piece), None)
+        if special is not None:
+            raise ValueError(f"the text holds {special!r}, one of the tokenizer's special tokens: expected text without any")
+        return {"type": "text", "text": piece}
+
+    @functools.cached_property
+    def _special_tokens(self) -> list[str]:
+        return [token.content for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special]
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        """What the template writes before an answer."""
+        question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        render = functools.partial(self.processor.tokenizer.apply_chat_template, question, tokenize=False)
+        return render(add_generation_prompt=True)[len(render(add_generation_prompt=False)) :]
+
+
+def _shuffled(turns: tuple[Turn, ...], draw: functools.partial[float]) -> list[Turn]:
+    """Questions and answers in another order, the images again before the first."""
+    n_images = sum(piece is None for piece in turns[0].pieces)
+    first = Turn(turns[0].role, turns[0].pieces[n_images:])
+    turns = (first, *turns[1:])
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    order = sorted(range(len(pairs)), key=lambda index: draw("order", index))
+    question, *others = chain.from_iterable(pairs[index] for index in order)
+    return [Turn(question.role, (None,) * n_images + question.pieces), *others]
