@@ -33,6 +33,7 @@ class Crash(RuntimeError):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_crashed_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch):
     keys = {"whole": [], "broken": []}
     accumulate = Trainer.accumulate
@@ -138,6 +139,7 @@ def test_two_ranks_give_the_losses_of_one_whatever_the_world_was_before(corpus, 
         assert other_norm == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_held_out_are_not_seen_and_are_answered(corpus, tmp_path, monkeypatch):
     seen, accumulate = set(), Trainer.accumulate
 
@@ -158,6 +160,7 @@ def test_rows_held_out_are_not_seen_and_are_answered(corpus, tmp_path, monkeypat
         fit(recipe_of(corpus, tmp_path / "b", held_out=60))
 
 
+@pytest.mark.slow
 def test_rows_are_given_as_they_are(corpus, tmp_path):
     rows = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()]
     rows = [row | {"images": [str(corpus / name) for name in row["images"]]} for row in rows]

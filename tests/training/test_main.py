@@ -140,6 +140,7 @@ def test_the_plan_is_printed(capsys):
     assert "do not fit 80 GB: most are moments" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_asks_for_another_go(corpus, tmp_path):
     """As users start it; SIGTERM once a step is recorded. The same command goes on to the end, where the report is."""
     places = ["--model", corpus / "model", "--data", corpus / "data.jsonl", "--out", tmp_path]

@@ -175,6 +175,7 @@ with ranks() as group:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_one_of_text_alone_give_the_losses_of_one():
     """Uneven counts of trained tokens, dropout and NEFTune on; three steps, so that magnitudes and norms move, too."""
     found = []
