@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, Idefics2Processor
@@ -102,7 +104,11 @@ def test_settings(name: str) -> None:
     assert_like_transformers(images, **SETTINGS[name], return_tensors="pt")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "I;16", "RGBA", "LA"])
+# On palettes with alpha transformers changed its mind, and older versions refuse arrays of one or four channels.
+SINCE_5_23 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="transformers answers otherwise before 5.23")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", pytest.param("P", marks=SINCE_5_23), "CMYK", "I;16", "RGBA", "LA"])
 @pytest.mark.parametrize("source", ["image", "path"])
 def test_modes(mode: str, source: str, tmp_path: Path) -> None:
     """Of paths transformers drops the alpha, of opened images it lays them on white: so does this."""
@@ -123,8 +129,8 @@ def test_a_turned_file_and_the_turned_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "array",
     [
-        noise(400, 500, 1),
-        noise(400, 500, 4),
+        pytest.param(noise(400, 500, 1), marks=SINCE_5_23),
+        pytest.param(noise(400, 500, 4), marks=SINCE_5_23),
         noise(400, 500).transpose(2, 0, 1),
         noise(800, 900)[::2, ::-3],
         noise(400, 500)[..., ::-1],
