@@ -633,6 +633,7 @@ def test_accelerate_s_mixed_precision_is_put_on_and_taken_off():
     with torch.no_grad():
         expected = model.train()(**inputs).loss
     handle = idefics2_fast.patch(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's, kept for the process
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare_model(model)
     with torch.no_grad():
@@ -647,6 +648,7 @@ def test_accelerate_s_mixed_precision_is_put_on_and_taken_off():
         output = unwrapped(**inputs)
     assert output.logits is not None
     assert relative(output.loss, expected) <= TOLERANCE
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_copies_of_patched_modules_are_undone_with_them():

@@ -163,11 +163,16 @@ def test_steps_between_two_counts_are_seen():
         ThroughData([layer.a]).step()
 
 
-def test_removing_leaves_no_hook():
+def test_removing_leaves_no_hook(monkeypatch):
+    """All who count share one."""
+    monkeypatch.setattr(OptimizerSteps, "counters", 0)
+    monkeypatch.setattr(OptimizerSteps, "hook", None)
     before = dict(_global_optimizer_post_hooks)
-    steps = OptimizerSteps()
+    steps = [OptimizerSteps(), OptimizerSteps()]
     assert len(_global_optimizer_post_hooks) == len(before) + 1
-    steps.remove()
+    steps[0].remove()
+    assert len(_global_optimizer_post_hooks) == len(before) + 1
+    steps[1].remove()
     assert dict(_global_optimizer_post_hooks) == before
 
 

@@ -135,6 +135,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, clock: Clock) -> None:
+    pytest.importorskip("tensorboard")
     with Telemetry(tmp_path / "run", steps=10, rank=1, sinks=["tensorboard"]) as run:
         assert record(run, clock, 1)["tokens_per_s"] == 500.0
         run.event(1, "skip")
