@@ -314,3 +314,13 @@ def test_the_comparison_sees(fault):
         return
     with pytest.raises(AssertionError):
         assert_same(actual, expected, 1e-3)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-6])
+def test_a_magnitude_that_has_gone_to_zero_still_learns(small):
+    """There the output says nothing of what it was made from."""
+    given = tensors(8)
+    given["magnitude"][:3] = small
+    expected = results(reference, given, scaling=SCALING)
+    actual = results(factored, given, torch.float32, scaling=SCALING)
+    assert all(error(actual[name], value) <= 1e-5 for name, value in expected.items())
