@@ -26,6 +26,7 @@ PACKAGES = {
     "idefics2_fast.kernels": "kernels",
     "idefics2_fast.training": "training",
     "idefics2_fast.benchmarks": "benchmarks",
+    "idefics2_fast.benchmarks.sm90": "benchmarks/sm90",
 }
 OBJECTS = Path("build", "objects", sys.implementation.cache_tag)
 

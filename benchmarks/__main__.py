@@ -18,7 +18,7 @@ from idefics2_fast.benchmarks.report import case_table, records, verdicts
 from idefics2_fast.benchmarks.timing import Measurement, measure
 
 SUITES = (*model.SUITES, patch.SUITE, images.SUITE)
-COMMANDS = ("dora_linear", "linear_cross_entropy")  # suites with options and a table of their own
+COMMANDS = ("dora_linear", "embedding", "linear_cross_entropy", "perceiver")  # suites with options and a table of their own
 SETTINGS = {"tiny": (torch.float32,), "small": (torch.float32, torch.bfloat16)}
 
 EXAMPLES = """
@@ -34,7 +34,9 @@ examples:
 
 with options of their own, --help shows them:
   python -m idefics2_fast.benchmarks dora_linear
+  python -m idefics2_fast.benchmarks embedding
   python -m idefics2_fast.benchmarks linear_cross_entropy
+  python -m idefics2_fast.benchmarks perceiver
 """
 
 

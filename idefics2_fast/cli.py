@@ -1,4 +1,4 @@
-"""The command line: `idefics2-fast info`, `generate`, `convert`, `train`, `plan` and `bench`.
+"""The command line: `idefics2-fast info`, `generate`, `convert`, `train`, `plan`, `bench` and `doctor`.
 
 torch and the engine are imported when the arguments are known to be good: help and mistakes answer at once.
 """
@@ -62,6 +62,8 @@ EXAMPLES = {
   {PROGRAM} bench --quick
   {PROGRAM} bench decode --model small
   python -m idefics2_fast.benchmarks --help""",
+    "doctor": f"""
+  {PROGRAM} doctor""",
 }
 
 
@@ -122,6 +124,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("train", "Train by a recipe; arguments other than --debug are its own.", None, _train),
         ("plan", "Show the memory, FLOPs and time of a recipe; arguments other than --debug are its own.", None, _plan),
         ("bench", "Run the benchmarks beside transformers; arguments other than these go to them.", None, _bench),
+        ("doctor", "Check the Triton kernels on this machine's CUDA device, each against its formula.", None, _doctor),
     ):
         command = commands.add_parser(name, help=summary, description=summary, add_help=run not in (_train, _plan), **_style(name))
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -460,3 +463,18 @@ def _run_training(program: str, arguments: argparse.Namespace, *first: str) -> N
 def _bench(arguments: argparse.Namespace) -> None:
     sys.argv = [f"{PROGRAM} bench", *arguments.rest]
     runpy.run_module("idefics2_fast.benchmarks", run_name="__main__")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from idefics2_fast import doctor
+
+    if not torch.cuda.is_available():
+        print("No CUDA device: the Triton kernels are not used here.")
+        return 0
+    verdicts = []
+    for op in doctor.CASES:
+        verdicts.append(doctor.examine(op))
+        print(verdicts[-1], flush=True)
+    return int(any(verdict.problem for verdict in verdicts))

@@ -72,7 +72,7 @@ class PerceiverResampler(nn.Module):
 
     def context_kv(self, context: Tensor, weight: Tensor) -> Tensor:
         """Keys and values of all layers [P, depth * 2 * M * H] for context rows [P, C] before their norm."""
-        return (ops.linear(context, weight) * ops.rstd(context, self.norm.eps)).to(context.dtype)
+        return ops.perceiver_context(context, weight, self.norm.eps)
 
     def pool(self, context_kv: Tensor, images: Segments) -> Tensor:
         latents = self.latents.repeat(len(images), 1)

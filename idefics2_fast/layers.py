@@ -25,7 +25,12 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without weights of its own making."""
+    """nn.Embedding without weights of its own making, through `ops.embedding`: features may take some rows' place, noise may be added."""
+
+    def forward(
+        self, ids: Tensor, features: Tensor | None = None, feature_rows: Tensor | None = None, noise: ops.Noise | None = None
+    ) -> Tensor:
+        return ops.embedding(ids, self.weight, features, feature_rows, noise, padding_idx=self.padding_idx)
 
     def reset_parameters(self) -> None:
         """Nothing: the model draws its weights itself, or reads them."""

@@ -5,7 +5,6 @@ Source: transformers `models/idefics2/modeling_idefics2.py`, Idefics2ForConditio
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,6 @@ from idefics2_fast.generate import Generation, generate
 from idefics2_fast.language import TextModel
 from idefics2_fast.layers import Linear
 from idefics2_fast.vision import VisionTower
-
-# noise(embeddings [T, C], batch) -> [T, C]
-Noise = Callable[[Tensor, Batch], Tensor]
 
 
 class Idefics2(nn.Module):
@@ -83,11 +79,11 @@ class Idefics2(nn.Module):
         total, count = self.loss_sum(batch)
         return total / count
 
-    def loss_sum(self, batch: Batch, *, noise: Noise | None = None, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    def loss_sum(self, batch: Batch, *, noise: ops.Noise | None = None, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropy over the batch's trained tokens, fp32, and their number: what it is divided by is the caller's.
 
         Args:
-            noise: what training adds to the embeddings [T, C] of a batch, the image features among them.
+            noise: what training adds to the embeddings of a batch; see `ops.Noise.of`.
             z_loss: weight of the squared log of the softmax's denominator.
         """
         hidden = self.hidden(batch, noise=noise).index_select(0, batch.answer_rows)
@@ -98,7 +94,7 @@ class Idefics2(nn.Module):
         """Logits [rows, vocab] of hidden states [rows, C] before the last norm."""
         return self.lm_head(self.text_model.norm(hidden))
 
-    def hidden(self, batch: Batch, *, noise: Noise | None = None) -> Tensor:
+    def hidden(self, batch: Batch, *, noise: ops.Noise | None = None) -> Tensor:
         """Hidden states [T, C] before the last norm; each document attends to itself alone."""
         text = self.config.text
 
@@ -106,23 +102,19 @@ class Idefics2(nn.Module):
             scale = text.head_dim**-0.5
             return ops.segment_attention(q, k, v, batch.documents, causal=True, window=text.sliding_window, scale=scale)
 
-        x = self.embed(batch) if noise is None else noise(self.embed(batch), batch)
-        return self.text_model(x, self.text_model.rotary(batch.positions, self.dtype), attend)
+        return self.text_model(self.embed(batch, noise=noise), self.text_model.rotary(batch.positions, self.dtype), attend)
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Token embeddings [T, C] with the image features in the placeholders' rows.
+    def embed(self, batch: Batch, *, noise: ops.Noise | None = None) -> Tensor:
+        """Token embeddings [T, C] with the image features in the placeholders' rows, and with noise where it is given.
 
         Raises:
             ValueError: placeholders and images do not match.
         """
-        tokens = self.text_model.embed_tokens(batch.token_ids)
-        rows = self._image_rows(batch)
-        if batch.patches is None:
-            return tokens
-        features = self.encode_images(batch).to(tokens.dtype)
-        if rows.shape[0] == 0:
-            return tokens + 0 * features.sum()
-        return tokens.index_copy(0, rows, features)
+        rows, features = self._image_rows(batch), None
+        if batch.patches is not None:
+            # None of an image that no token stands for, which has its part in the backward pass all the same.
+            features = self.encode_images(batch).to(self.text_model.embed_tokens.weight.dtype)[: rows.shape[0]]
+        return self.text_model.embed_tokens(batch.token_ids, features, rows, noise)
 
     def encode_images(self, batch: Batch) -> Tensor:
         """Image tokens [I * L, C] of the batch's images, in their order."""

@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from idefics2_fast.kernels import decode_attention as _decode_attention
 from idefics2_fast.kernels import dora_linear as _dora_linear
+from idefics2_fast.kernels import embedding as _embedding
 from idefics2_fast.kernels import linear as _linear
 from idefics2_fast.kernels import linear_cross_entropy as _linear_cross_entropy
-from idefics2_fast.kernels import neftune as _neftune
 from idefics2_fast.kernels import perceiver_attention as _perceiver_attention
+from idefics2_fast.kernels import perceiver_context as _perceiver_context
 from idefics2_fast.kernels import philox as _philox
 from idefics2_fast.kernels import rms_norm as _rms_norm
 from idefics2_fast.kernels import segment_attention as _segment_attention
 from idefics2_fast.kernels.decode_attention import Slots
+from idefics2_fast.kernels.embedding import Noise
 from idefics2_fast.kernels.segments import Segments
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -84,10 +87,34 @@ def _flash_decode(q: Tensor, k: Tensor, v: Tensor, slots: Slots, *, window: int 
     )[:, 0]
 
 
+def _triton_embedding(*args: Any, **kwargs: Any) -> Tensor:
+    from idefics2_fast.kernels.embedding_triton import embedding
+
+    return embedding(*args, **kwargs)
+
+
+def _triton_perceiver_attention(*args: Any, **kwargs: Any) -> Tensor:
+    from idefics2_fast.kernels.perceiver_attention_triton import attend
+
+    return attend(*args, **kwargs)
+
+
+def _triton_perceiver_context(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from idefics2_fast.kernels.perceiver_context_triton import project
+
+    return project(x, weight, eps)
+
+
+def _folded_context(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _perceiver_context.folded(x, weight, eps, linear)
+
+
 def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+# Where the kernels' code is.
+KERNELS = Path(_linear.__file__).parent
 # Rows of a cache page on a GPU: flash-attention's paged cache takes multiples of 256.
 PAGE = 256
 
@@ -98,6 +125,18 @@ def _flash_runs(device: str, dtype: torch.dtype, width: int) -> bool:
 
 def _xformers_runs(device: str, dtype: torch.dtype, width: int) -> bool:
     return device == "cuda" and width % 8 == 0 and _installed("xformers")
+
+
+def _triton_runs(device: str, dtype: torch.dtype, width: int) -> bool:
+    return device == "cuda" and _installed("triton")
+
+
+def _triton_attends(device: str, dtype: torch.dtype, width: int) -> bool:
+    return _triton_runs(device, dtype, width) and dtype in (*_HALF, torch.float32) and width % 8 == 0 and width <= 128
+
+
+def _triton_multiplies(device: str, dtype: torch.dtype, width: int) -> bool:
+    return _triton_runs(device, dtype, width) and dtype in _HALF and width % 8 == 0
 
 
 def _on_cuda(device: str, dtype: torch.dtype, width: int) -> bool:
@@ -131,8 +170,14 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Any]]]] = {
         "reference": (_always, _segment_attention.reference),
     },
     "perceiver_attention": {
+        "triton": (_triton_attends, _triton_perceiver_attention),
         "sdpa": (_always, _perceiver_attention.sdpa),
         "reference": (_always, _perceiver_attention.reference),
+    },
+    "perceiver_context": {
+        "triton": (_triton_multiplies, _triton_perceiver_context),
+        "folded": (_always, _folded_context),
+        "reference": (_always, _perceiver_context.reference),
     },
     "decode_attention": {
         "flash_attn": (_flash_runs, _flash_decode),
@@ -159,8 +204,10 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Any]]]] = {
         "chunked": (_always, _linear_cross_entropy.chunked),
         "reference": (_always, _linear_cross_entropy.reference),
     },
-    "neftune": {
-        "reference": (_always, _neftune.reference),
+    "embedding": {
+        "triton": (_triton_runs, _triton_embedding),
+        "cpu": (_on_cpu, _embedding.cpu),
+        "reference": (_always, _embedding.reference),
     },
 }
 
@@ -172,7 +219,16 @@ def choose(op: str, x: Tensor) -> str:
 
 @cache
 def _preferred(op: str, device: str, dtype: torch.dtype, width: int) -> str:
-    return next(name for name, (runs, _) in IMPLEMENTATIONS[op].items() if runs(device, dtype, width))
+    rows = IMPLEMENTATIONS[op].items()
+    return next(name for name, (runs, _) in rows if runs(device, dtype, width) and (name != "triton" or _trusted(op)))
+
+
+@torch.compiler.assume_constant_result
+def _trusted(op: str) -> bool:
+    """Whether the op's Triton kernels are right on this device: checked at their first use here, see `doctor.py`."""
+    from idefics2_fast import doctor
+
+    return doctor.trusts(op)
 
 
 @contextmanager
@@ -211,6 +267,11 @@ def perceiver_attention(
 ) -> Tensor:
     """Attention of each image's latents to its context and themselves -> [I * L, N, H]. See `kernels/perceiver_attention.py`."""
     return _run("perceiver_attention", q)(q, k_context, v_context, k_latents, v_latents, images, scale=scale)
+
+
+def perceiver_context(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms(x)^-1 * (x W^T), K/V of all layers: x [P, C], weight [K, C] -> [P, K]. See `kernels/perceiver_context.py`."""
+    return _run("perceiver_context", x)(x, weight, eps)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, slots: Slots, *, scale: float, window: int | None = None) -> Tensor:
@@ -252,11 +313,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _run("rms_norm", x)(x, weight, eps)
 
 
-def rstd(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) of the rows of x [T, C], fp32 [T, 1]: the norm's part that does not depend on its weight."""
-    return _rms_norm.rstd(x, eps)
-
-
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, row_weights: Tensor | None = None, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -272,9 +328,20 @@ def answer_rows(hidden: Tensor, labels: Tensor, *, shifted: bool = False, ignore
     return _linear_cross_entropy.answer_rows(hidden, labels, shifted=shifted, ignore_index=ignore_index)
 
 
-def neftune(x: Tensor, lengths: Tensor, tokens: Tensor, *, alpha: float, seed: int, step: int) -> Tensor:
-    """x [T, C] with noise scaled by the tokens' document lengths [T], drawn for the global token indices [T]. See `kernels/neftune.py`."""
-    return _run("neftune", x)(x, lengths, tokens, alpha=alpha, seed=seed, step=step)
+def embedding(
+    token_ids: Tensor | None,
+    table: Tensor,
+    features: Tensor | None = None,
+    image_rows: Tensor | None = None,
+    noise: Noise | None = None,
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Rows of the table [V, C] for token_ids [T], or of features [N, C] in image_rows [N], with NEFTune's noise -> [T, C].
+
+    See `kernels/embedding.py`; `Noise.of` makes the noise of packed documents. Without token_ids the table has the tokens' rows already.
+    """
+    return _run("embedding", table)(token_ids, table, features, image_rows, noise, padding_idx=padding_idx)
 
 
 def uniform(seed: int, step: int, rows: Tensor, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""NEFTune: the generator against Random123's vectors, the formula, and the hook in transformers' Trainer."""
+"""NEFTune under the patch: the generator against Random123's vectors, documents and padding, and the hook in transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from idefics2_fast import ops
 from idefics2_fast.kernels import philox
-from idefics2_fast.kernels.neftune import reference
 from idefics2_fast.patching.neftune import Neftune, token_places
 
 C = 24
@@ -74,45 +72,6 @@ def test_the_noise_is_uniform_and_its_parts_are_independent(monkeypatch):
         assert abs(torch.corrcoef(torch.stack([drawn.flatten(), other.flatten()]))[0, 1]) < 5 / math.sqrt(drawn.numel())
     monkeypatch.setattr(philox, "BLOCK", 100)
     assert torch.equal(philox.uniform(1, 2, tokens, 256), drawn)
-
-
-# --- the formula ---
-
-
-def test_an_injected_noise_gives_the_formula_exactly():
-    generator = torch.Generator().manual_seed(0)
-    x, noise = (torch.randn(6, C, generator=generator, dtype=torch.float64) for _ in range(2))
-    lengths = torch.tensor([4, 4, 4, 4, 0, 1])
-    actual = reference(x, lengths, torch.arange(6), alpha=5.0, seed=0, step=0, noise=noise)
-    for row, length in enumerate(lengths.tolist()):
-        expected = x[row] + noise[row] * (5.0 / math.sqrt(length * C)) if length else x[row]
-        assert torch.equal(actual[row], expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_noise_is_added_in_fp32_and_rounded_once(dtype):
-    x = torch.randn(9, C, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    lengths, tokens = torch.tensor([5] * 5 + [4] * 4), torch.arange(9) + 2**33
-    actual = ops.neftune(x, lengths, tokens, alpha=5.0, seed=3, step=4)
-    noise = philox.uniform(3, 4, tokens, C)
-    wide = torch.promote_types(dtype, torch.float32)
-    scale = torch.tensor([5 / math.sqrt(length * C) for length in lengths.tolist()], dtype=wide)
-    limit = 4 * torch.finfo(wide).eps  # of values of up to 4
-    torch.testing.assert_close(actual, (x.to(wide) + noise * scale[:, None]).to(dtype), rtol=0, atol=limit)
-    actual.backward(torch.full_like(actual, 0.7))
-    assert torch.equal(x.grad, torch.full_like(x, 0.7))
-
-
-def test_one_shard_and_four_have_the_same_bits():
-    x, lengths, tokens = torch.randn(32, C), torch.full((32,), 16), torch.arange(32) + 100
-    whole = ops.neftune(x, lengths, tokens, alpha=5.0, seed=3, step=4)
-    shards = [ops.neftune(*part, alpha=5.0, seed=3, step=4) for part in zip(x.chunk(4), lengths.chunk(4), tokens.chunk(4), strict=True)]
-    assert torch.equal(whole, torch.cat(shards))
-
-
-def test_shapes_that_do_not_belong_together_are_named():
-    with pytest.raises(ValueError, match=r"lengths \[3\] and tokens \[4\], expected \[4\]"):
-        ops.neftune(torch.zeros(4, C), torch.ones(3), torch.arange(4), alpha=1.0, seed=0, step=0)
 
 
 # --- lengths and token indices ---

@@ -111,19 +111,16 @@ class Trainer:
     def _loss(self, batch: Batch, step: int) -> Tensor:
         batch = batch if batch.patches is not None else with_unread_image(batch)
         self._draw_for(batch, step)
-        noise = partial(self._noise, step=step) if self.recipe.neftune_alpha else None
-        total, _ = self.model.loss_sum(batch, noise=noise, z_loss=self.recipe.z_loss)
+        total, _ = self.model.loss_sum(batch, noise=self._noise(batch, step), z_loss=self.recipe.z_loss)
         return total
 
-    def _noise(self, x: Tensor, batch: Batch, step: int) -> Tensor:
+    def _noise(self, batch: Batch, step: int) -> ops.Noise | None:
         """NEFTune: L is the length of each token's own document; image rows get none unless asked."""
-        lengths = torch.tensor(batch.documents.lengths, device=x.device).repeat_interleave(
-            torch.tensor(batch.documents.lengths, device=x.device), output_size=x.shape[0]
-        )
-        if not self.recipe.noise_images:
-            lengths = lengths.index_fill(0, batch.image_rows, 0)
-        tokens = batch.token_base + torch.arange(x.shape[0], device=x.device)
-        return ops.neftune(x, lengths, tokens, alpha=self.recipe.neftune_alpha, seed=self.recipe.seed, step=step)
+        recipe = self.recipe
+        if not recipe.neftune_alpha:
+            return None
+        drawn_for = {"alpha": recipe.neftune_alpha, "seed": recipe.seed, "step": step, "token_base": batch.token_base}
+        return ops.Noise.of(batch.documents, **drawn_for, images=recipe.noise_images)
 
     def _draw_for(self, batch: Batch, step: int) -> None:
         """Tells the adapters' dropout which rows it sees, by their global indices."""

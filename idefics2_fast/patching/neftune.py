@@ -93,8 +93,8 @@ class Neftune:
         lengths, tokens = token_places(output[..., 0], None, None) if outside else self._places
         seed = torch.initial_seed() if self.seed is None else self.seed
         tokens = tokens + self._rank() * RANK_TOKENS
-        alpha = module.neftune_noise_alpha
-        noisy = ops.neftune(output.flatten(0, -2), lengths.flatten(), tokens.flatten(), alpha=alpha, seed=seed, step=self.step)
+        noise = ops.Noise(lengths.flatten(), tokens.flatten(), module.neftune_noise_alpha, seed, self.step)
+        noisy = ops.embedding(None, output.flatten(0, -2), noise=noise)
         self.step += outside
         return noisy.view_as(output)
 

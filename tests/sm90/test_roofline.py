@@ -1,0 +1,91 @@
+"""The formulas of floors against what the compiled kernels requested and computed, at shapes that fill whole tiles."""
+
+import pytest
+import torch
+
+from idefics2_fast.benchmarks.sm90 import roofline
+from idefics2_fast.benchmarks.sm90.launches import executed, launches
+from idefics2_fast.kernels.embedding import Noise
+from idefics2_fast.kernels.segments import Segments
+
+
+def counted(function, *args, of=None):
+    """FLOPs and bytes of all launches; bytes of the arguments `of` alone, where every thread of a row reads the row's index."""
+    with launches(executed()) as run:
+        function(*args)
+    total = sum(run.counts[1:], run.counts[0])
+    return sum(total.flops.values()), sum(total.bytes(argument=name) for name in of or [None])
+
+
+def drawn(*shape):
+    return torch.randn(*shape).bfloat16()
+
+
+def test_perceiver_context():
+    from idefics2_fast.kernels.perceiver_context_triton import forward
+
+    flops, moved = counted(forward, drawn(128, 192), drawn(256, 192), 1e-5, of=["x", "weight", "y"])
+    work = roofline.perceiver_context(128, 192, 256)
+    assert flops == work.flops
+    assert moved == work.bytes - 4 * 128 + 2 * 128 * 192, "x once more than the least, for its rows' squares; without the rows' scales"
+
+
+def test_perceiver_attention():
+    from idefics2_fast.kernels.perceiver_attention_triton import forward
+
+    patches, latents, heads, head_dim = 128, 64, 2, 96
+    keys, own = drawn(patches, 2, heads, head_dim).unbind(1), drawn(latents, 2, heads, head_dim).unbind(1)
+    offsets = torch.tensor([0, patches], dtype=torch.int32)
+    read = ["q", "k_context", "v_context", "k_latents", "v_latents"]
+    flops, moved = counted(forward, drawn(latents, heads, head_dim), *keys, *own, offsets, patches, 0.1, of=read)
+    work = roofline.perceiver_attention(1, patches, latents=latents, heads=heads, kv_heads=heads, head_dim=head_dim)
+    assert flops == work.flops
+    assert moved == work.bytes - 2 * latents * heads * head_dim - 4 * latents * heads, "all but the output and its statistics"
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_embedding(noisy):
+    from idefics2_fast.kernels.embedding_triton import forward
+
+    tokens, width = 48, 1024
+    noise = Noise.of(Segments.of_lengths([tokens]), alpha=5.0, seed=1, step=2) if noisy else None
+    _, moved = counted(
+        forward, torch.arange(tokens) % 7, drawn(7, width), drawn(5, width), torch.arange(5), noise, of=["out", "table", "features"]
+    )
+    assert moved == pytest.approx(roofline.embedding(tokens, width, noise=noisy).bytes, rel=0.01)
+
+
+def test_embedding_backward():
+    from idefics2_fast.kernels.embedding_triton import table_grad
+
+    tokens, vocabulary, width = 48, 16, 1024
+    _, moved = counted(table_grad, drawn(tokens, width), torch.arange(tokens) % vocabulary, None, vocabulary, None, of=["out", "grad"])
+    assert moved == pytest.approx(roofline.embedding_backward(tokens, vocabulary, width).bytes, rel=0.01)
+
+
+def test_a_floor_is_the_slower_of_the_two():
+    assert roofline.Work(roofline.TENSOR, roofline.MEMORY / 2).floor == 1
+    assert roofline.Work(roofline.TENSOR, roofline.MEMORY / 2).bound == "compute"
+    assert roofline.Work(roofline.TENSOR, roofline.MEMORY * 2).floor == 2
+    assert roofline.Work(roofline.TENSOR, roofline.MEMORY * 2).bound == "memory"
+
+
+@pytest.mark.parametrize(
+    ("work", "floor"),
+    [
+        (roofline.perceiver_context(4900, 4096, 2304), 116e-6),
+        (roofline.perceiver_attention(1, 4900), 2.7e-6),
+        (roofline.perceiver_attention(8, 4900), 21e-6),
+        (roofline.perceiver_attention(8, 4900, backward=True), 49e-6),
+        (roofline.embedding(8192, 4096), 45e-6),
+    ],
+)
+def test_floors_known_by_hand(work, floor):
+    assert work.floor == pytest.approx(floor, rel=0.02)
+
+
+def test_the_page_shows_the_present_floors_and_kernels():
+    text = roofline.PAGE.read_text()
+    for line in roofline.LINES:
+        assert f"| {line.title} | {line.work.flops / 1e9:.1f} | {line.work.bytes / 1e6:.1f} | {line.work.floor * 1e6:.1f} " in text
+    assert roofline.resources.markdown(roofline.resources.recorded_table()[1]) in text
