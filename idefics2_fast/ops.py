@@ -237,6 +237,13 @@ def dora_combine(
     return _dora_linear.combine(base, h, b, magnitude, norm, bias, scaling=scaling)
 
 
+def dora_folded(
+    x: Tensor, h: Tensor, weight: Tensor, b: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = None, **settings: Any
+) -> Tensor:
+    """DoRA on top of a frozen W, in training on a CPU: m / n * (W x + s B h) + bias. See `kernels/dora_linear.py`."""
+    return _dora_linear.folded(x, h, weight, b, magnitude, norm, bias, **settings)
+
+
 def dora_square(weight: Tensor) -> Tensor:
     """||W||^2 of the rows, the part of DoRA's norm that an adapter does not change. See `kernels/dora_linear.py`."""
     return _dora_linear.row_square(weight)

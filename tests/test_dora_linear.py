@@ -316,6 +316,26 @@ def test_the_comparison_sees(fault):
         assert_same(actual, expected, 1e-3)
 
 
+@pytest.mark.parametrize("rows", [5, 600])
+@pytest.mark.parametrize("small", [1.0, 0.0, 1e-6])
+@pytest.mark.parametrize("bias", [False, True])
+def test_folded_gains_give_the_references_output_and_gradients(bias, small, rows):
+    """In fp64: the same formula, where a gain is too small to divide by, too."""
+    draw = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    x, weight, a, b, m, offset, grad = make(rows, 6), make(7, 6), make(3, 6), make(7, 3), make(7).abs() + 0.5, make(7), make(rows, 7)
+    m[2] *= small
+    trained = [tensor.requires_grad_() for tensor in (x, a, b, m)]
+    offset = offset if bias else None
+    expected = dora_linear.reference(x, weight, a, b, m, offset, scaling=0.7)
+    norm = dora_linear.row_norm(weight, a, b, 0.7)
+    actual = dora_linear.folded(x, x @ a.T, weight, b, m, norm, offset, scaling=0.7, rows=[7])
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(output, trained, grad) for output in (actual, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("small", [0.0, 1e-6])
 def test_a_magnitude_that_has_gone_to_zero_still_learns(small):
     """There the output says nothing of what it was made from."""
