@@ -22,7 +22,7 @@ INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint c
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/ready ## answer prompts about photographs, beside Hugging Face's answers, times and memory
+demo: .venv/ready ## answer prompts about photographs beside transformers; then a small model learns to read, and to answer
 	@$(RUN) idefics2_fast.benchmarks.demo
 
 test: lint ## lint, then the fast tests; those for CUDA too where there is a device

@@ -69,6 +69,7 @@ def warm_up(base: Path, out: Path, steps: int, seed: int = 0, **changes: object)
         "checkpointing": "none",
         "workers": 1,
         "save_every": steps,
+        "roll_back": False,
     }
     return instruct(base, "lessons", out, **settings | changes)
 

@@ -98,7 +98,7 @@ class AdaptedLinear(nn.Module):
         dropped = self.dropout(x, self.part, self.layer) if self.training and self.dropout.p else x
         norm = None if self.magnitude is None else self._norm()
         h, weight, bias = ops.linear(dropped, self.a.to(x.dtype)), self.base.weight, self.base.bias
-        if norm is not None and x.is_cpu and x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if ops.dora_folds(x, weight):
             return ops.dora_folded(x, h, weight, self.b, self.magnitude, norm, bias, scaling=self.scaling, rows=self.rows)
         return ops.dora_combine(ops.linear(x, weight, bias), h, self._b().to(x.dtype), self.magnitude, norm, bias, scaling=self.scaling)
 

@@ -153,13 +153,19 @@ class _Combine(torch.autograd.Function):
             )
 
 
+def folds(x: Tensor, weight: Tensor) -> bool:
+    """Whether `folded` is for these rows: in training on a CPU, and, with as many rows as W has columns, W is no larger than the output."""
+    plain = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return plain and torch.is_grad_enabled() and x.shape[0] >= weight.shape[1]
+
+
 def folded(
     x: Tensor,
     h: Tensor,
     weight: Tensor,
     b: Tensor,
-    magnitude: Tensor,
-    norm: Tensor,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
     bias: Tensor | None = None,
     *,
     scaling: float,
@@ -167,19 +173,18 @@ def folded(
 ) -> Tensor:
     """g * (W x + s B h) + b of a frozen W, with g multiplied into W and B, and not into what they give.
 
-    No pass over the output is left but the one that the magnitude's gradient takes. Matrices with g are made anew in each pass: it is for
-    many rows.
+    No pass over the output is left but the one that the magnitude's gradient takes. Matrices with g are made anew in each pass.
 
     Args:
         x, h: [T, in] and A x [T, projections * r], fp32, as all others.
-        weight, b, magnitude, norm, bias: W [out, in], B [out, r], m, n and b [out]; `weight` and `bias` get no gradient.
+        weight, b, magnitude, norm, bias: W [out, in], B [out, r], m, n (none of both for LoRA) and b [out]; W and b get no gradient.
         scaling: s.
         rows: of W, which belong to each of one or more projections: they have an h of their own, one beside the other.
 
     Returns:
         [T, out], which is kept for the backward pass. Double backward raises a RuntimeError.
     """
-    if not _is_invertible(magnitude / norm):
+    if magnitude is not None and not _is_invertible(magnitude / norm):
         diagonal = torch.block_diag(*b.split(list(rows)))
         return combine(F.linear(x, weight, bias), h, diagonal, magnitude, norm, bias, scaling=scaling)
     return _Folded.apply(x, h, weight, b, magnitude, norm, bias, scaling, tuple(rows))
@@ -193,40 +198,46 @@ class _Folded(torch.autograd.Function):
         h: Tensor,
         weight: Tensor,
         b: Tensor,
-        magnitude: Tensor,
-        norm: Tensor,
+        magnitude: Tensor | None,
+        norm: Tensor | None,
         bias: Tensor | None,
         scaling: float,
         rows: tuple[int, ...],
     ) -> Tensor:
         assert not weight.requires_grad
-        gain = (magnitude / norm)[:, None]
-        output = F.linear(x, weight * gain, bias)
-        for y, h_own, b_own in zip(output.split(rows, 1), h.chunk(len(rows), 1), (b * (scaling * gain)).split(rows), strict=True):
-            y.addmm_(h_own, b_own.T)
         ctx.scaling, ctx.rows = scaling, rows
-        ctx.save_for_backward(output, h, weight, b, magnitude, norm, bias)
+        output = F.linear(x, _gained(weight, magnitude, norm), bias)
+        own = _gained(b, magnitude, norm, scaling).split(rows)
+        for y, h_own, b_own in zip(output.split(rows, 1), h.chunk(len(rows), 1), own, strict=True):
+            y.addmm_(h_own, b_own.T)
+        ctx.save_for_backward(None if magnitude is None else output, h, weight, b, magnitude, norm, bias)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, h, weight, b, magnitude, norm, bias = ctx.saved_tensors
-        gain = (magnitude / norm)[:, None]
         needs_x, needs_h, _, needs_b, needs_magnitude, *_ = ctx.needs_input_grad
-        own, scaled = grad.split(ctx.rows, 1), (b * (ctx.scaling * gain)).split(ctx.rows)
+        own, scaled = grad.split(ctx.rows, 1), _gained(b, magnitude, norm, ctx.scaling).split(ctx.rows)
         grad_b = [g.T @ h_own for g, h_own in zip(own, h.chunk(len(ctx.rows), 1), strict=True)] if needs_b else None
         return (
-            grad @ (weight * gain) if needs_x else None,
+            grad @ _gained(weight, magnitude, norm) if needs_x else None,
             torch.cat([g @ b_own for g, b_own in zip(own, scaled, strict=True)], 1) if needs_h else None,
             None,
-            torch.cat(grad_b).mul_(ctx.scaling * gain) if needs_b else None,
+            _gained(torch.cat(grad_b), magnitude, norm, ctx.scaling) if needs_b else None,
             _dot(grad, output, bias) / magnitude if needs_magnitude else None,
             None,
             None,
             None,
             None,
         )
+
+
+def _gained(matrix: Tensor, magnitude: Tensor | None, norm: Tensor | None, scaling: float = 1.0) -> Tensor:
+    """s * g times the rows of a matrix [out, ...]; g is 1 without a magnitude."""
+    if magnitude is not None:
+        return matrix * (magnitude / norm).mul_(scaling)[:, None]
+    return matrix if scaling == 1.0 else matrix * scaling
 
 
 def _dot(grad: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

@@ -53,6 +53,7 @@ class Guard:
 
     Args:
         skip_at_most: steps in a row with a non-finite loss or gradient; the last of them raises.
+        factor: infinite where nothing is a spike.
         window: accepted losses that the median is taken of; nothing is a spike before a quarter of it is there.
         rollbacks_at_most: rollbacks with less than `window` accepted steps in between; one more raises.
     """
@@ -100,7 +101,7 @@ class Guard:
         return Verdict(Action.PROCEED)
 
     def _is_spike(self, loss: float) -> bool:
-        if 4 * len(self.losses) < self.losses.maxlen:
+        if 4 * len(self.losses) < self.losses.maxlen or math.isinf(self.factor):
             return False
         middle = median(self.losses)
         sigma = 1.4826 * median(abs(other - middle) for other in self.losses)

@@ -12,7 +12,10 @@ The folder of a run holds
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +106,7 @@ def planner_of(recipe: Recipe, processor: Processor) -> Planner:
 
 
 def _train(recipe: Recipe, source: Source, processor: Processor, group: Ranks) -> Fitted:
-    with Stop() as stop:
+    with Stop() as stop, short_turns():
         model = Idefics2.from_pretrained(recipe.model, dtype=DTYPES[recipe.dtype], device=group.device)
         run = _Run(recipe, source, processor, model, group)
         try:
@@ -112,12 +115,23 @@ def _train(recipe: Recipe, source: Source, processor: Processor, group: Ranks) -
             run.close()
 
 
+@contextmanager
+def short_turns(seconds: float = 5e-4) -> Iterator[None]:
+    """How long one of Python's threads may keep others waiting: by default 5 ms, which the step pays whenever the loader is at work."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class _Run:
     def __init__(self, recipe: Recipe, source: Source, processor: Processor, model: Idefics2, group: Ranks) -> None:
         self.recipe, self.group, self.out = recipe, group, Path(recipe.out)
         self.processor = processor
         self.trainer = Trainer(model, recipe, group, new_tokens=_new_tokens(processor))
-        self.guard = Guard(skip_at_most=recipe.skip_at_most)
+        self.guard = Guard(skip_at_most=recipe.skip_at_most, **({} if recipe.roll_back else {"factor": math.inf}))
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.digest(), keep=recipe.keep)
         self.loader = self._load_data(source)
         self.done, self.loss = self._resume(), float("nan")
