@@ -12,6 +12,8 @@ FUZZ_SECONDS ?= 20
 export PYTHONSAFEPATH := 1
 
 RUN := .venv/bin/python -m
+# Tests in several processes, of one thread each.
+PARALLEL := --numprocesses auto --maxprocesses 4
 INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: help demo test test-all test-oldest peers sanitize fuzz bench rivals lint clean
@@ -20,11 +22,11 @@ INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint c
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/ready ## answer prompts about photographs, beside Hugging Face's answers, times and memory
+demo: .venv/ready ## answer prompts about photographs beside transformers; then a small model learns to read, and to answer
 	@$(RUN) idefics2_fast.benchmarks.demo
 
 test: lint ## lint, then the fast tests; those for CUDA too where there is a device
-	@$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
+	@$(RUN) pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: lint peers ## lint, then every test, the slow ones and other people's too, the oldest transformers, the checks of the C++ code
 	@$(RUN) pytest $(PYTEST_ARGS)
@@ -84,7 +86,7 @@ OLDEST := 5.20.2
 OLDEST_TESTS := $(wildcard $(foreach name,model weights generate processor image_processor patch*,tests/test_$(name).py))
 
 test-oldest: .venv/oldest ## the tests of the model, the processors and the patch with the oldest transformers
-	@.venv/oldest/bin/python -m pytest -q -m "not slow" $(OLDEST_TESTS)
+	@.venv/oldest/bin/python -m pytest -q -m "not slow" $(PARALLEL) $(OLDEST_TESTS)
 
 # site reads .pth files of its own folders alone: .venv's are read through addsitedir, the editable install's among them.
 .venv/oldest: .venv/ready
@@ -147,8 +149,12 @@ INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX
 	fi
 	@touch $@
 
+# torch for CUDA brings the Triton that it was built with. For a CPU there is none: kernels are compiled and executed without a card by this one.
+TRITON := 3.9.0
+
 .venv/ready: .venv/torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(preflight)
 	@$(INSTALL) setuptools wheel pybind11 ninja
 	@$(INSTALL) --no-build-isolation --editable '.[test]'
+	@.venv/bin/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet triton==$(TRITON)
 	@touch $@

@@ -17,7 +17,8 @@ from idefics2_fast.benchmarks.record import default_path, device_name, versions,
 from idefics2_fast.benchmarks.report import case_table, records, verdicts
 from idefics2_fast.benchmarks.timing import Measurement, measure
 
-SUITES = (*model.SUITES, patch.SUITE, images.SUITE)
+INSTRUCT = "instruct"  # needs the extra `train`
+SUITES = (*model.SUITES, patch.SUITE, images.SUITE, INSTRUCT)
 COMMANDS = ("dora_linear", "embedding", "linear_cross_entropy", "perceiver")  # suites with options and a table of their own
 SETTINGS = {"tiny": (torch.float32,), "small": (torch.float32, torch.bfloat16)}
 
@@ -31,6 +32,7 @@ examples:
   python -m idefics2_fast.benchmarks encode first_token --out results.jsonl
   python -m idefics2_fast.benchmarks images
   python -m idefics2_fast.benchmarks patch --model small
+  python -m idefics2_fast.benchmarks instruct --model tiny
 
 with options of their own, --help shows them:
   python -m idefics2_fast.benchmarks dora_linear
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 status = 1
             if path is not None:
                 write_records(path, records(case, results, measured_on))
+        if INSTRUCT in (options.suites or SUITES) and options.model in (None, "tiny") and not options.quick:
+            held += _loader_figures(path)
     except KeyboardInterrupt:
         print("\nInterrupted. What stands above was measured.")
         status = 130
@@ -79,9 +83,20 @@ def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[tup
                 yield case, measure(case.calls, case.check, device=cpu, title=case.rows[0].name, **effort), cpu
 
 
+def _loader_figures(path: Path | None) -> list[bool]:
+    """What the trainer's loader does, printed and kept; whether each requirement holds."""
+    from idefics2_fast.benchmarks import instruct
+
+    figures = instruct.loader_figures()
+    print(f"\n{instruct.figures_table(figures)}", flush=True)
+    if path is not None:
+        write_records(path, [figure.record() for figure in figures])
+    return [figure.holds for figure in figures]
+
+
 def _cases_of_models(options: argparse.Namespace, chosen: Sequence[str], device: torch.device, most: int | None) -> Iterator[Case]:
     of_model = [suite for suite in chosen if suite in model.SUITES]
-    if not of_model and patch.SUITE not in chosen:
+    if not of_model and not {patch.SUITE, INSTRUCT} & set(chosen):
         return
     for name in [options.model] if options.model else ["tiny"] if options.quick else list(SETTINGS):
         for dtype in SETTINGS[name] if of_model else ():
@@ -93,6 +108,10 @@ def _cases_of_models(options: argparse.Namespace, chosen: Sequence[str], device:
                 yield from islice(cases(suite, setting), most)
         if patch.SUITE in chosen:
             yield from islice(patch.cases(name, device), most)
+        if INSTRUCT in chosen:
+            from idefics2_fast.benchmarks import instruct
+
+            yield from islice(instruct.cases(name), most)
 
 
 def _suite(name: str) -> str:

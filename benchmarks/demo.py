@@ -1,19 +1,20 @@
-"""`make demo`: photographs and questions, answered by transformers and by this engine from one checkpoint, side by side."""
+"""`make demo`: photographs and questions, answered by transformers and by this engine from one checkpoint, side by side; then a small model
+learns to read (`learn.py`)."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 
+from idefics2_fast.benchmarks import learn
 from idefics2_fast.benchmarks.model import Row
+from idefics2_fast.benchmarks.photographs import PLACES, photograph
 from idefics2_fast.benchmarks.providers import HuggingFace, Provider, answer, load_providers, question
 from idefics2_fast.benchmarks.record import device_name, versions
 from idefics2_fast.benchmarks.report import BASELINES, ENGINE, seconds, size, speed_up, table
@@ -22,17 +23,6 @@ from idefics2_fast.benchmarks.timing import Call, Measurement, Watch, measure, q
 MODEL = "small"
 NEW_TOKENS = 32
 PHASES = ("image processing", "image encoding", "prefill", "decode")
-
-# Where photographs ship: the package, and the folder in it.
-SKLEARN, SKIMAGE, MATPLOTLIB = ("sklearn", "datasets/images"), ("skimage", "data"), ("matplotlib", "mpl-data/sample_data")
-PLACES = {
-    "china.jpg": SKLEARN,
-    "flower.jpg": SKLEARN,
-    "grace_hopper.jpg": MATPLOTLIB,
-    "astronaut.png": SKIMAGE,
-    "chelsea.png": SKIMAGE,
-    "coffee.png": SKIMAGE,
-}
 
 
 @dataclass(frozen=True)
@@ -53,8 +43,15 @@ BATCHES = {
 
 
 def main() -> int:
-    """Returns 0; 1 where a provider gave other token ids than transformers."""
+    """Returns 0; 1 where either part went wrong."""
     begin = time.perf_counter()
+    code = compare() or learn.main()
+    print(f"\nThis took {time.perf_counter() - begin:.0f} s. Where to go next: README.md; `make bench` measures more.")
+    return code
+
+
+def compare() -> int:
+    """Returns 0; 1 where a provider gave other token ids than transformers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in PLACES:
         photograph(name)
@@ -67,24 +64,13 @@ def main() -> int:
         return "" if given == tokens[HuggingFace.name] else "other token ids than transformers"
 
     calls = {provider.name: _answers(provider) for provider in providers}
-    results = measure(calls, check, device=device, seconds=80, rounds=(1, 5), title="answering, in turns")
+    results = measure(calls, check, device=device, seconds=40, rounds=(1, 5), title="answering, in turns")
     print(_transcript(tokens, providers[0]))
     print(_table(results))
     wrong = [name for name, result in results.items() if result.wrong]
     verdict = f"{' and '.join(wrong)} gave other token ids than transformers" if wrong else "All token ids are identical"
-    print(f"\n{verdict}. This took {time.perf_counter() - begin:.0f} s.")
-    print("Where to go next: README.md; `make bench` measures more.")
+    print(f"\n{verdict}.")
     return 1 if wrong else 0
-
-
-def photograph(name: str) -> Path:
-    """Where a photograph lies; its package is not imported. Ends the demo where the package is not installed or lacks the file."""
-    package, folder = PLACES[name]
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.submodule_search_locations[0], folder, name) if spec else None
-    if path is None or not path.is_file():
-        raise SystemExit(f"The photograph {name} ships in the package {package}, which is not installed: pip install 'idefics2-fast[demo]'")
-    return path
 
 
 def _answers(provider: Provider) -> Call:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,20 @@ UNCACHED = f"{HuggingFaceTuned.name}, uncached"
 ANSWER_TOKENS = 24  # a tenth
 
 Gradients = dict[str, Tensor]
+Adapt = Callable[[nn.Module], nn.Module]
 
 
 class Step:
-    """transformers and PEFT as they come: one padded, masked batch."""
+    """transformers and PEFT as they come: one padded, masked batch.
+
+    Args:
+        adapt: gives the model its adapters, by default `with_adapters`.
+    """
 
     name = "hf"
 
-    def __init__(self, plain: HuggingFace) -> None:
-        self.plain, self.model = plain, with_adapters(plain.model)
+    def __init__(self, plain: HuggingFace, adapt: Adapt | None = None) -> None:
+        self.plain, self.model = plain, (adapt or with_adapters)(plain.model)
         self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.start = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
@@ -61,7 +66,7 @@ class Step:
 
         def run(watch: Watch) -> Gradients:
             with torch.inference_mode(False), torch.enable_grad():
-                self._start_anew()
+                self.start_anew()
                 watch.start("step")
                 self.loss(inputs).backward()
                 self.optimizer.step()
@@ -71,7 +76,8 @@ class Step:
         return run
 
     @torch.no_grad()
-    def _start_anew(self) -> None:
+    def start_anew(self) -> None:
+        """No gradients, and the parameters as they were."""
         self.optimizer.zero_grad()
         for name, parameter in self.trained.items():
             parameter.copy_(self.start[name])
@@ -84,8 +90,8 @@ class TunedStep(Step):
     a step without it is leaner.
     """
 
-    def __init__(self, plain: HuggingFace, cached: bool = True) -> None:
-        super().__init__(plain)
+    def __init__(self, plain: HuggingFace, cached: bool = True, adapt: Adapt | None = None) -> None:
+        super().__init__(plain, adapt)
         self.tuned, self.cached = HuggingFaceTuned(plain), cached
         self.name = HuggingFaceTuned.name if cached else UNCACHED
 

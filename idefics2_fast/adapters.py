@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -48,6 +49,7 @@ class Dropout:
         self.p, self.seed, self.step = p, seed, 0
         self.rows: dict[str, Tensor] = {}
 
+    @_disable_dynamo  # the numbers are drawn block by block, each with constants of its layer and step
     def __call__(self, x: Tensor, part: str, layer: int) -> Tensor:
         """x [T, C] with values dropped and the others scaled by 1 / (1 - p). Every layer draws numbers of its own."""
         rows = self.rows[part] if part in self.rows else torch.arange(x.shape[0], device=x.device)
@@ -95,9 +97,10 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dropped = self.dropout(x, self.part, self.layer) if self.training and self.dropout.p else x
         norm = None if self.magnitude is None else self._norm()
-        base = ops.linear(x, self.base.weight, self.base.bias)
-        h = ops.linear(dropped, self.a.to(x.dtype))
-        return ops.dora_combine(base, h, self._b().to(x.dtype), self.magnitude, norm, self.base.bias, scaling=self.scaling)
+        h, weight, bias = ops.linear(dropped, self.a.to(x.dtype)), self.base.weight, self.base.bias
+        if ops.dora_folds(x, weight):
+            return ops.dora_folded(x, h, weight, self.b, self.magnitude, norm, bias, scaling=self.scaling, rows=self.rows)
+        return ops.dora_combine(ops.linear(x, weight, bias), h, self._b().to(x.dtype), self.magnitude, norm, bias, scaling=self.scaling)
 
     def _b(self) -> Tensor:
         """B as it stands against the stacked A: block-diagonal [out, projections * rank]."""
@@ -172,15 +175,18 @@ def refresh_norms(model: nn.Module) -> None:
 
 
 def _norms(layer: AdaptedLinear) -> Tensor:
-    tensors = layer.base.weight, layer.a, layer.b
     if not isinstance(layer.b, DTensor):
-        return ops.dora_norm(*tensors[:2], block_diagonal(layer.b, layer.rows), layer.scaling)
+        return _norms_of_projections(layer.base.weight, layer.a, layer.b, layer.rows, layer.scaling)
     weight, b, a = layer.base.weight.to_local(), layer.b.to_local(), layer.a.full_tensor()
     first = compute_local_shape_and_global_offset(layer.b.shape, layer.b.device_mesh, layer.b.placements)[1][0]
-    mine = block_diagonal(b, _overlap(layer.rows, first, first + b.shape[0]))
-    return DTensor.from_local(
-        ops.dora_norm(weight, a, mine, layer.scaling), layer.b.device_mesh, layer.b.placements, shape=layer.b.shape[:1], stride=(1,)
-    ).full_tensor()
+    mine = _norms_of_projections(weight, a, b, _overlap(layer.rows, first, first + b.shape[0]), layer.scaling)
+    return DTensor.from_local(mine, layer.b.device_mesh, layer.b.placements, shape=layer.b.shape[:1], stride=(1,)).full_tensor()
+
+
+def _norms_of_projections(weight: Tensor, a: Tensor, b: Tensor, rows: Sequence[int], scaling: float) -> Tensor:
+    """The norms of a layer's rows, `rows` of each projection, each by the projection's own A."""
+    parts = zip(weight.split(list(rows)), a.chunk(len(rows)), b.split(list(rows)), strict=True)
+    return torch.cat([ops.dora_norm(*part, scaling) for part in parts])
 
 
 def _overlap(rows: Sequence[int], first: int, last: int) -> list[int]:

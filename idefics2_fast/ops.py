@@ -298,6 +298,25 @@ def dora_combine(
     return _dora_linear.combine(base, h, b, magnitude, norm, bias, scaling=scaling)
 
 
+def dora_folds(x: Tensor, weight: Tensor) -> bool:
+    """Whether `dora_folded` is for rows like `x`. See `kernels/dora_linear.py`."""
+    return _dora_linear.folds(x, weight)
+
+
+def dora_folded(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """m / n * (W x + s B h) + bias of a frozen W, in training on a CPU. See `kernels/dora_linear.py`, for the settings too."""
+    return _dora_linear.folded(x, h, weight, b, magnitude, norm, bias, **settings)
+
+
 def dora_square(weight: Tensor) -> Tensor:
     """||W||^2 of the rows, the part of DoRA's norm that an adapter does not change. See `kernels/dora_linear.py`."""
     return _dora_linear.row_square(weight)

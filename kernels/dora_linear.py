@@ -17,7 +17,7 @@ in fp32, which cost one pass over W and lose their digits in rows where s B A ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,101 @@ class _Combine(torch.autograd.Function):
                 ((1 - gain) * rows.sum(0, dtype=gain.dtype)).to(grad.dtype) if needs_bias else None,
                 None,
             )
+
+
+def folds(x: Tensor, weight: Tensor) -> bool:
+    """Whether `folded` is for these rows: in training on a CPU, and, with as many rows as W has columns, W is no larger than the output."""
+    plain = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return plain and torch.is_grad_enabled() and x.shape[0] >= weight.shape[1]
+
+
+def folded(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    rows: Sequence[int],
+) -> Tensor:
+    """g * (W x + s B h) + b of a frozen W, with g multiplied into W and B, and not into what they give.
+
+    No pass over the output is left but the one that the magnitude's gradient takes. Matrices with g are made anew in each pass.
+
+    Args:
+        x, h: [T, in] and A x [T, projections * r], fp32, as all others.
+        weight, b, magnitude, norm, bias: W [out, in], B [out, r], m, n (none of both for LoRA) and b [out]; W and b get no gradient.
+        scaling: s.
+        rows: of W, which belong to each of one or more projections: they have an h of their own, one beside the other.
+
+    Returns:
+        [T, out], which is kept for the backward pass. Double backward raises a RuntimeError.
+    """
+    if magnitude is not None and not _is_invertible(magnitude / norm):
+        diagonal = torch.block_diag(*b.split(list(rows)))
+        return combine(F.linear(x, weight, bias), h, diagonal, magnitude, norm, bias, scaling=scaling)
+    return _Folded.apply(x, h, weight, b, magnitude, norm, bias, scaling, tuple(rows))
+
+
+class _Folded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        b: Tensor,
+        magnitude: Tensor | None,
+        norm: Tensor | None,
+        bias: Tensor | None,
+        scaling: float,
+        rows: tuple[int, ...],
+    ) -> Tensor:
+        assert not weight.requires_grad
+        ctx.scaling, ctx.rows = scaling, rows
+        output = F.linear(x, _gained(weight, magnitude, norm), bias)
+        own = _gained(b, magnitude, norm, scaling).split(rows)
+        for y, h_own, b_own in zip(output.split(rows, 1), h.chunk(len(rows), 1), own, strict=True):
+            y.addmm_(h_own, b_own.T)
+        ctx.save_for_backward(None if magnitude is None else output, h, weight, b, magnitude, norm, bias)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, h, weight, b, magnitude, norm, bias = ctx.saved_tensors
+        needs_x, needs_h, _, needs_b, needs_magnitude, *_ = ctx.needs_input_grad
+        own, scaled = grad.split(ctx.rows, 1), _gained(b, magnitude, norm, ctx.scaling).split(ctx.rows)
+        grad_b = [g.T @ h_own for g, h_own in zip(own, h.chunk(len(ctx.rows), 1), strict=True)] if needs_b else None
+        return (
+            grad @ _gained(weight, magnitude, norm) if needs_x else None,
+            torch.cat([g @ b_own for g, b_own in zip(own, scaled, strict=True)], 1) if needs_h else None,
+            None,
+            _gained(torch.cat(grad_b), magnitude, norm, ctx.scaling) if needs_b else None,
+            _dot(grad, output, bias) / magnitude if needs_magnitude else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _gained(matrix: Tensor, magnitude: Tensor | None, norm: Tensor | None, scaling: float = 1.0) -> Tensor:
+    """s * g times the rows of a matrix [out, ...]; g is 1 without a magnitude."""
+    if magnitude is not None:
+        return matrix * (magnitude / norm).mul_(scaling)[:, None]
+    return matrix if scaling == 1.0 else matrix * scaling
+
+
+def _dot(grad: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """The columns' sums of grad * (values - bias), by blocks of rows that stay in cache."""
+    sums = grad.new_zeros(grad.shape[1])
+    for rows, block in zip(grad.split(BLOCK), values.split(BLOCK), strict=True):
+        sums += (rows * block if bias is None else (block - bias).mul_(rows)).sum(0)
+    return sums
 
 
 def _inner(base: Tensor, h: Tensor, b: Tensor, bias: Tensor | None, scaling: float) -> Tensor:

@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 from pathlib import Path

@@ -370,8 +370,8 @@ def test_the_photographs_ship_in_the_packages(name):
 
 def test_a_missing_photograph_ends_the_demo_in_one_line(monkeypatch):
     monkeypatch.setitem(demo.PLACES, "china.jpg", ("no_such_package", "data"))
-    with pytest.raises(SystemExit, match=r"^The photograph china\.jpg ships in the package no_such_package, which is not installed: pip"):
-        demo.main()
+    with pytest.raises(SystemExit, match=r"^The file china\.jpg ships in the package no_such_package, which is not installed: pip"):
+        demo.compare()
 
 
 class Answering:
@@ -395,7 +395,7 @@ class Answering:
 def test_the_demo_fails_where_token_ids_differ(monkeypatch, no_memory, capsys, last, code):
     providers = [Answering("hf", 7), Answering("hf-tuned", 7), Answering("idefics2_fast", last)]
     monkeypatch.setattr(demo, "load_providers", lambda size, dtype, device: providers)
-    assert demo.main() == code
+    assert demo.compare() == code
     printed = capsys.readouterr().out
     prompts = sum(map(len, demo.BATCHES.values()))
     assert printed.count("identical:") == (0 if code else prompts)

@@ -316,6 +316,56 @@ def test_the_comparison_sees(fault):
         assert_same(actual, expected, 1e-3)
 
 
+@pytest.mark.parametrize("rows", [5, 600])
+@pytest.mark.parametrize("small", [1.0, 0.0, 1e-6])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("projections", [1, 2])
+def test_folded_gains_give_the_references_output_and_gradients(bias, small, rows, projections):
+    """In fp64: the same formula, of each projection by itself, where a gain is too small to divide by, too."""
+    draw = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    own = [3, 4] if projections == 2 else [7]
+    x, weight, a, b, m, offset, grad = (
+        make(rows, 6),
+        make(7, 6),
+        make(3 * projections, 6),
+        make(7, 3),
+        make(7).abs() + 0.5,
+        make(7),
+        make(rows, 7),
+    )
+    m[2] *= small
+    trained = [tensor.requires_grad_() for tensor in (x, a, b, m)]
+    offsets = offset.split(own) if bias else [None] * projections
+    parts = list(zip(weight.split(own), a.chunk(projections), b.split(own), strict=True))
+    expected = torch.cat(
+        [dora_linear.reference(x, *part, gain, c, scaling=0.7) for part, gain, c in zip(parts, m.split(own), offsets, strict=True)], 1
+    )
+    norm = torch.cat([dora_linear.row_norm(*part, 0.7) for part in parts])
+    actual = dora_linear.folded(x, x @ a.T, weight, b, m, norm, offset if bias else None, scaling=0.7, rows=own)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(output, trained, grad) for output in (actual, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("projections", [1, 2])
+def test_folded_lora_is_lora(projections):
+    """Without a magnitude nothing is multiplied into W; one of several projections sees its own h alone."""
+    draw = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    rows = [3, 4] if projections == 2 else [7]
+    x, weight, a, b, grad = make(9, 6), make(7, 6), make(3 * projections, 6), make(7, 3), make(9, 7)
+    trained = [tensor.requires_grad_() for tensor in (x, a, b)]
+    parts = zip(weight.split(rows), a.chunk(projections), b.split(rows), strict=True)
+    expected = torch.cat([dora_linear.reference(x, *part, scaling=0.7) for part in parts], 1)
+    actual = dora_linear.folded(x, x @ a.T, weight, b, scaling=0.7, rows=rows)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(output, trained, grad) for output in (actual, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("small", [0.0, 1e-6])
 def test_a_magnitude_that_has_gone_to_zero_still_learns(small):
     """There the output says nothing of what it was made from."""

@@ -1,5 +1,6 @@
 """The README's Python examples run as they stand, on a tiny checkpoint instead of the hub's."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from idefics2_fast import Idefics2Config
 from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
 
 README = Path(__file__).parent.parent / "README.md"
+LONG = "steps=2000, held_out=50"
+SHORT = 'steps=2, held_out=1, warmup=0, packs=1, tokens=200, patches=2000, split_share=0.0, upscale_share=0.0, dtype="float32"'
 
 
 def test_examples_run(tmp_path, monkeypatch, capsys):
@@ -20,12 +23,19 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
     write_processor(tmp_path / "model")
     for name in ("photo.jpg", "a.png", "b.png"):
         Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (300, 400, 3), np.uint8)).save(tmp_path / name)
+    talk = [{"user": "What is this?", "assistant": "A cat on a mat."}]
+    rows = [{"images": [name], "texts": talk} for name in ("photo.jpg", "a.png", "b.png")]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     code = "\n".join(examples).replace('"HuggingFaceM4/idefics2-8b"', '"model"').replace('device="cuda"', 'device="cpu"')
+    assert code.count(LONG) == 1
+    code = code.replace(LONG, SHORT)
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["out"].texts
     assert scope["logits"].shape == (len(scope["batch"].token_ids), 32003)
+    assert scope["result"].steps == 2
+    assert "of 1 answers" in (tmp_path / "runs" / "a" / "report.html").read_text()
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
     assert capsys.readouterr().out
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -108,6 +108,7 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
     recipe = _recipe_of(arguments, name)
     from idefics2_fast.training.guard import GuardError
     from idefics2_fast.training.loader import TooManyRejections
+    from idefics2_fast.training.report import REPORT
     from idefics2_fast.training.run import fit
 
     first = int(os.environ.get("RANK", 0)) == 0
@@ -124,18 +125,21 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
         print(error, file=sys.stderr)
         return 1
     if first:
-        print(f"{result.steps} steps, loss {result.loss:.4f}; {result.weights}", flush=True)
+        report = "" if result.exit_code else f", {Path(recipe.out) / REPORT}"
+        print(f"{result.steps} steps, loss {result.loss:.4f}; {result.weights}{report}", flush=True)
     return result.exit_code
 
 
 def _check(recipe: Recipe, shown: bool) -> int:
-    """2 where a row cannot be used; each such row is printed."""
+    """2 where a row cannot be used; each such row is printed. What is split or scaled up in any epoch, is here: it must fit then, too."""
     from idefics2_fast import Processor
     from idefics2_fast.training.run import planner_of
     from idefics2_fast.training.sources import check, open_source
 
     source, bad = open_source(recipe.data), 0
-    for rejection in check(source, planner_of(recipe, Processor.from_pretrained(recipe.model))):
+    planner = planner_of(recipe, Processor.from_pretrained(recipe.model))
+    largest = replace(planner, split_share=float(planner.split_share > 0), upscale_share=float(planner.upscale_share > 0))
+    for rejection in check(source, largest):
         bad += 1
         if shown:
             print(rejection.reason, file=sys.stderr)

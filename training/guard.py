@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from enum import Enum
 from statistics import median
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 REQUEUE = 75  # sysexits.h's EX_TEMPFAIL: "try again later". The run saved and ended because it was told to; start the same command again.
 
@@ -52,6 +53,7 @@ class Guard:
 
     Args:
         skip_at_most: steps in a row with a non-finite loss or gradient; the last of them raises.
+        factor: infinite where nothing is a spike.
         window: accepted losses that the median is taken of; nothing is a spike before a quarter of it is there.
         rollbacks_at_most: rollbacks with less than `window` accepted steps in between; one more raises.
     """
@@ -86,12 +88,12 @@ class Guard:
             f"{what} on rank {rank}" for rank, row in enumerate(rows) for what, bad in zip(("loss", "gradient"), row, strict=False) if bad
         ]
         if faults:
-            keys = gather_keys(sample_keys if any(wrong) else ())
+            keys = gather(sample_keys if any(wrong) else ())
             return self._skip(step, f"non-finite {', '.join(faults)}", keys)
         self.skipped = []
         mean = sum(row[2] for row in rows) / len(rows)
         if self._is_spike(mean):
-            return self._roll_back(step, mean, gather_keys(sample_keys))
+            return self._roll_back(step, mean, gather(sample_keys))
         self.losses.append(mean)
         self.accepted += 1
         if self.accepted == self.losses.maxlen:
@@ -99,7 +101,7 @@ class Guard:
         return Verdict(Action.PROCEED)
 
     def _is_spike(self, loss: float) -> bool:
-        if 4 * len(self.losses) < self.losses.maxlen:
+        if 4 * len(self.losses) < self.losses.maxlen or math.isinf(self.factor):
             return False
         middle = median(self.losses)
         sigma = 1.4826 * median(abs(other - middle) for other in self.losses)
@@ -189,10 +191,15 @@ def over_ranks(row: list[float]) -> list[list[float]]:
     return rows.tolist()
 
 
-def gather_keys(keys: Sequence[str]) -> tuple[str, ...]:
-    """The keys of all ranks, in the order of the ranks. A collective."""
-    parts: list[Sequence[str]] = [tuple(keys)]
+def gather(items: Sequence[T]) -> tuple[T, ...]:
+    """What all ranks have, in the order of the ranks. A collective."""
+    parts: list[Sequence[T]] = [tuple(items)]
     if dist.is_initialized():
         parts = [()] * dist.get_world_size()
-        dist.all_gather_object(parts, tuple(keys))
-    return tuple(key for part in parts for key in part)
+        dist.all_gather_object(parts, tuple(items))
+    return tuple(item for part in parts for item in part)
+
+
+def gather_rare(items: Sequence[T]) -> tuple[T, ...]:
+    """`gather` for what there hardly ever is: where no rank has any, one sum is all that travels. A collective."""
+    return gather(items) if any(row[0] for row in over_ranks([float(len(items))])) else ()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from idefics2_fast.batch import IGNORED, Batch, find_image_rows
 from idefics2_fast.images import PackedImages, pack_images
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.processor import Processor
-from idefics2_fast.training.order import ShuffledRows
+from idefics2_fast.training.order import RowsInOrder, ShuffledRows
 from idefics2_fast.training.packing import Pack, Packer, balanced_patches
 from idefics2_fast.training.planning import Document, Planner
 from idefics2_fast.training.sources import Rejection, Source
@@ -71,24 +73,37 @@ class Quarantine:
         self.path, self.rows, self.share, self.least = path, rows, share, least
         self.reasons: dict[str, str] = {}
 
-    def add(self, rejection: Rejection, seen: int) -> None:
-        """Counts a sample, when `seen` have been so far, the same ones in each epoch.
+    def add(self, rejection: Rejection) -> None:
+        """Counts a sample, if it has not been."""
+        if rejection.key not in self.reasons:
+            self.reasons[rejection.key] = rejection.reason
+            self._write({rejection.key: rejection.reason}, "a")
+
+    def restore(self, reasons: Mapping[str, str], others: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Back to the samples that had been left out once; the file holds them and `others`."""
+        self.reasons = dict(reasons)
+        self._write({**others, **self.reasons}, "w")
+
+    def check(self, seen: int, others: Mapping[str, str] = MappingProxyType({})) -> None:
+        """To be called when `seen` samples have been, the same ones in each epoch.
+
+        Args:
+            others: key and reason of samples that were left out elsewhere.
 
         Raises:
             TooManyRejections: above both limits.
         """
-        if rejection.key in self.reasons:
-            return
-        self.reasons[rejection.key] = rejection.reason
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": rejection.key, "reason": rejection.reason}) + "\n")
-        seen = min(seen, self.rows)
+        reasons, seen = {**others, **self.reasons}, min(seen, self.rows)
         limit = min(max(self.least, int(self.share * seen)), self.rows - 1)
-        if len(self.reasons) > limit:
-            listed = "\n".join(list(self.reasons.values())[:REPORTED])
-            more = f"\n... and {len(self.reasons) - REPORTED} more" if len(self.reasons) > REPORTED else ""
-            raise TooManyRejections(f"{len(self.reasons)} of {seen} samples cannot be used, expected at most {limit}:\n{listed}{more}")
+        if len(reasons) > limit:
+            listed = "\n".join(list(reasons.values())[:REPORTED])
+            more = f"\n... and {len(reasons) - REPORTED} more" if len(reasons) > REPORTED else ""
+            raise TooManyRejections(f"{len(reasons)} of {seen} samples cannot be used, expected at most {limit}:\n{listed}{more}")
+
+    def _write(self, reasons: Mapping[str, str], mode: str) -> None:
+        if self.path is not None:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in reasons.items())
 
 
 class Loader:
@@ -96,17 +111,19 @@ class Loader:
 
     Every rank plans every step alike; the plan does not know how many ranks there are. `state` after a step says which samples are next.
     A sample that cannot be planned (a bad row, an image without a header, one that fits no pack) is left out of the plan; one whose image
-    turns out damaged when it is decoded is taken out of its batch, and the rest of the plan stays.
+    turns out damaged when it is decoded is taken out of its batch, and the rest of the plan stays. All of them count together.
 
     Args:
         source: rows.
         planner: makes documents of them; its `seed` shuffles them, too.
         packs: batches in a step, over all ranks; a multiple of `world_size`.
         epochs: None for no end. The last step is filled up with batches that train nothing.
-        threads: for planning, and as many for decoding.
+        shuffle: go through the rows in another order in each epoch, else in their own.
+        threads: for planning, and as many for decoding; with 1 the thread that makes steps ready does both, and none waits for another.
         prefetch: steps that are made ready ahead.
         max_open: as in Packer.
-        quarantine: file of what was left out; a rank adds what it found alone, and rank 0 what all found.
+        quarantine: file of what was left out, on rank 0.
+        gather: what all ranks found damaged, from what this one did, in one order; called once a step, on every rank.
         max_rejected, least_rejected: share of the samples, and number, above both of which the run stops.
 
     Raises:
@@ -121,6 +138,7 @@ class Loader:
         *,
         packs: int,
         epochs: int | None = None,
+        shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
         threads: int = 4,
@@ -129,21 +147,24 @@ class Loader:
         quarantine: Path | None = None,
         max_rejected: float = 1e-3,
         least_rejected: int = 8,
+        gather: Callable[[Sequence[Rejection]], Sequence[Rejection]] = lambda found: found,
     ) -> None:
         if packs % world_size or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} has no even share of {packs} packs: expected a multiple of the world size")
         self.planner, self.source, self.slice = planner, source, slice(rank * packs // world_size, (rank + 1) * packs // world_size)
         self._identity = {"seed": planner.seed, "rows": len(source), "packs": packs, "tokens": planner.tokens, "patches": planner.patches}
-        limits = (len(source), max_rejected, least_rejected)
-        self._undecoded, self._n_decoded = Quarantine(quarantine, *limits), 0
+        left_out = (quarantine if rank == 0 else None, len(source), max_rejected, least_rejected)
+        self._undecoded, self._gather = Quarantine(*left_out), gather
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        plans = grain.MapDataset.source(_Plans(source, planner, epochs))
+        self._map = map if threads == 1 else self._executor.map
+        reading = grain.ReadOptions(*((0, 0) if threads == 1 else (threads, 16 * threads)))
+        plans = grain.MapDataset.source(_Plans(source, planner, epochs, shuffle))
         steps = _Steps(
-            plans.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16 * threads)),
+            plans.to_iter_dataset(reading),
             plans,
             packs,
             Packer(planner.tokens, planner.patches, max_open),
-            Quarantine(quarantine if rank == 0 else None, *limits),
+            Quarantine(*left_out),
         )
         decoded = steps.map(self._decode)
         self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=prefetch))
@@ -152,11 +173,15 @@ class Loader:
         return self
 
     def __next__(self) -> Step:
-        return next(self._iterator)
+        step, plan, damaged = next(self._iterator)
+        for rejection in self._gather(damaged):
+            self._undecoded.add(rejection)
+        self._undecoded.check(plan.cursor, plan.rejected)
+        return step
 
     def state(self) -> dict[str, Any]:
         """What the steps after the last one given depend on, for JSON: the same on any rank of any number of ranks."""
-        return {**self._identity, **self._iterator.get_state()}
+        return {**self._identity, **self._iterator.get_state(), "undecoded": dict(self._undecoded.reasons)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on behind the step after which `state` was taken.
@@ -167,30 +192,31 @@ class Loader:
         for name, expected in self._identity.items():
             if state.get(name) != expected:
                 raise ValueError(f"the loader's state has {name} = {state.get(name)}, expected {expected} as in this run")
-        self._iterator.set_state({name: value for name, value in state.items() if name not in self._identity})
+        self._iterator.set_state({name: value for name, value in state.items() if name not in (*self._identity, "undecoded")})
+        self._undecoded.restore(state["undecoded"], others=state["rejected"])
 
     def close(self) -> None:
         """Ends the threads."""
         self._iterator.close()
         self._executor.shutdown(cancel_futures=True)
 
-    def _decode(self, plan: _StepPlan) -> Step:
+    def _decode(self, plan: _StepPlan) -> tuple[Step, _StepPlan, list[Rejection]]:
+        """A step of its plan, and the samples of this rank's slice whose images are damaged."""
         mine = plan.packs[self.slice]
-        pixels = [[self._executor.submit(_pixels, document, self.planner.processor) for document in pack.documents] for pack in mine]
+        pixels = [self._map(_pixels, pack.documents, repeat(self.planner.processor)) for pack in mine]
         bases = np.cumsum([0, *(pack.tokens for pack in plan.packs)])[self.slice]
-        batches = [self._batch(pack, of_pack, int(base)) for pack, of_pack, base in zip(mine, pixels, bases, strict=True)]
+        damaged: list[Rejection] = []
+        batches = [self._batch(pack, of_pack, int(base), damaged) for pack, of_pack, base in zip(mine, pixels, bases, strict=True)]
         tokens, patches = (sum(getattr(pack, name) for pack in plan.packs) for name in ("tokens", "patches"))
         fill = (tokens / (len(plan.packs) * self.planner.tokens), patches / (len(plan.packs) * self.planner.patches))
-        return Step(plan.index, tuple(batches), plan.cursor / len(self.source), tokens, patches, fill)
+        return Step(plan.index, tuple(batches), plan.cursor / len(self.source), tokens, patches, fill), plan, damaged
 
-    def _batch(self, pack: Pack, pixels: Sequence[Future[PackedImages | Rejection | None]], token_base: int) -> Batch:
-        """The documents of a pack whose images are whole."""
+    def _batch(self, pack: Pack, pixels: Iterable[PackedImages | Rejection | None], token_base: int, damaged: list[Rejection]) -> Batch:
+        """The documents of a pack whose images are whole; the others are added to `damaged`."""
         kept: list[tuple[Document, PackedImages | None]] = []
-        for document, future in zip(pack.documents, pixels, strict=True):
-            result = future.result()
-            self._n_decoded += 1
+        for document, result in zip(pack.documents, pixels, strict=True):
             if isinstance(result, Rejection):
-                self._undecoded.add(result, self._n_decoded)
+                damaged.append(result)
             else:
                 kept.append((document, result))
         return make_batch(kept, self.planner.processor, token_base)
@@ -255,9 +281,9 @@ def _pixels(document: Document, processor: Processor) -> PackedImages | Rejectio
 class _Plans:
     """The endless stream of planned samples, by position: for Grain a source with random access."""
 
-    def __init__(self, source: Source, planner: Planner, epochs: int | None) -> None:
+    def __init__(self, source: Source, planner: Planner, epochs: int | None, shuffle: bool = True) -> None:
         self.source, self.planner = source, planner
-        self.order = ShuffledRows(source.blocks, planner.seed)
+        self.order = ShuffledRows(source.blocks, planner.seed) if shuffle else RowsInOrder(len(source))
         self._len = sys.maxsize if epochs is None else epochs * len(source)
 
     def __len__(self) -> int:
@@ -270,9 +296,12 @@ class _Plans:
 
 @dataclass(frozen=True)
 class _StepPlan:
+    """`rejected`: key and reason of the samples before `cursor` that could not be planned."""
+
     index: int
     packs: tuple[Pack, ...]
     cursor: int
+    rejected: dict[str, str]
 
 
 class _Steps(grain.IterDataset):
@@ -300,13 +329,14 @@ class _StepIterator(grain.DatasetIterator[_StepPlan]):
             raise StopIteration
         packs += [Pack() for _ in range(self._n_packs - len(packs))]
         self._index += 1
-        return _StepPlan(self._index - 1, tuple(packs), self._cursor)
+        return _StepPlan(self._index - 1, tuple(packs), self._cursor, dict(self._quarantine.reasons))
 
     def _next_pack(self) -> Pack | None:
         for position, planned in self._parent:
             self._cursor = position + 1
             if isinstance(planned, Rejection):
-                self._quarantine.add(planned, self._cursor)
+                self._quarantine.add(planned)
+                self._quarantine.check(self._cursor)
             elif (closed := self._packer.add(position, planned)) is not None:
                 return closed
         return self._packer.open.pop(0) if self._packer.open else None
@@ -322,7 +352,7 @@ class _StepIterator(grain.DatasetIterator[_StepPlan]):
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state({"next_index": state["cursor"]})
         self._index, self._cursor = state["step"], state["cursor"]
-        self._quarantine.reasons = dict(state["rejected"])
+        self._quarantine.restore(state["rejected"])
         self._packer.open = [self._planned_again(positions) for positions in state["open"]]
 
     def _planned_again(self, positions: Sequence[int]) -> Pack:

@@ -22,14 +22,12 @@ def adamw(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, by_rows: Co
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trained:
         raise ValueError(f"the recipe trains no parameter: targets {recipe.targets!r}, trained {recipe.trained!r}")
-    groups = [
-        {
-            "params": [p for name, p in trained if (decays(name, p) and id(p) not in rowwise) is wanted],
-            "weight_decay": recipe.weight_decay if wanted else 0.0,
-        }
-        for wanted in (True, False)
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate, betas=recipe.betas)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # the fused step takes sharded weights or whole ones, not both
+    for name, parameter in trained:
+        key = decays(name, parameter) and id(parameter) not in rowwise, isinstance(parameter, DTensor)
+        groups.setdefault(key, []).append(parameter)
+    settings = [{"params": members, "weight_decay": recipe.weight_decay if decay else 0.0} for (decay, _), members in groups.items()]
+    return torch.optim.AdamW(settings, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -25,6 +25,20 @@ def permutation(n: int, *parts: str | int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
+class RowsInOrder:
+    """Every row once an epoch, in the source's own order."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(epoch, row) of a position in the endless stream of samples."""
+        return divmod(position, self._rows)
+
+
 class ShuffledRows:
     """Every row once an epoch, in an order that is another one in each epoch.
 

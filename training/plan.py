@@ -1,7 +1,7 @@
 """What a run will take: memory of each GPU, FLOPs and time of a step; from the configurations alone, no tensor made.
 
 Weights, masters, gradients and Adam's moments are exact. Activations are those that the backward pass needs, counted per row of each layer
-(see `_kept`); what only lives inside one op is not among them.
+(see `_kept`), and what the layer holds besides that the backward pass is in; what only lives inside one op is not among them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ BYTES = {"bfloat16": 2, "float32": 4}
 PEAK_FLOPS = 989e12  # of an H100 or H200 in bf16, dense (NVIDIA's data sheet)
 CARD = 80e9
 CONTEXT = 3e9  # CUDA's context, NCCL's buffers, what the allocator cannot use
+# What needs a gradient that has come through a part, if it is trained itself.
+BEHIND = {
+    "vision": {"vision"},
+    "connector": {"vision", "connector"},
+    "text": {"vision", "connector", "text", "new_tokens"},
+    "head": {"vision", "connector", "text", "new_tokens"},
+}
 IMAGE_PATCHES = 70 * 70  # an image of 980 x 980
 CHUNK = 1 << 28  # logits at a time, as in kernels/linear_cross_entropy.py
 
@@ -41,6 +48,7 @@ class Plan(NamedTuple):
         masters, gradients, moments: fp32, this rank's shards, and the magnitudes whole.
         gathered: weights of the layers that are whole at one time: embedding and head, and two neighbouring layers.
         activations: of one pack, until its backward pass.
+        working: of the layer that the backward pass is in: activations made anew, and gradients.
         logits: a chunk, and the head's gradient where it is trained.
         context: an allowance.
         flops: forward and backward of a step, nothing counted twice.
@@ -52,6 +60,7 @@ class Plan(NamedTuple):
     moments: float
     gathered: float
     activations: float
+    working: float
     logits: float
     context: float
     flops: float
@@ -76,14 +85,16 @@ def plan(config: Idefics2Config, recipe: Recipe, gpus: int = 1) -> Plan:
     size, parts, trained = BYTES[recipe.dtype], counters.count_parameters(config), count_trained(config, recipe)
     sharded = (trained.adapters + trained.whole) / gpus + trained.magnitudes
     heads = trained.whole and _head_is_trained(recipe)
-    chunk = max(16, CHUNK // config.text.vocab_size) * config.text.vocab_size * (4 + size)
+    activations, working = _activations(config, recipe)
+    chunk = min(recipe.tokens, max(16, CHUNK // config.text.vocab_size)) * config.text.vocab_size * (4 + size)
     return Plan(
         frozen=size * (parts.total - trained.whole) / gpus,
         masters=4 * sharded,
         gradients=4 * sharded,
         moments=8 * sharded,
         gathered=size * (2 * parts.head + 2 * _largest_group(config, recipe)),
-        activations=_activations(config, recipe),
+        activations=activations,
+        working=working,
         logits=chunk + (4 * parts.head if heads else 0),
         context=CONTEXT,
         flops=recipe.packs * step_flops(config, recipe, [recipe.tokens], _images(recipe.patches), recipe.tokens),
@@ -91,11 +102,16 @@ def plan(config: Idefics2Config, recipe: Recipe, gpus: int = 1) -> Plan:
 
 
 def step_flops(config: Idefics2Config, recipe: Recipe, documents: Sequence[int], images: Sequence[int], head_rows: int) -> float:
-    """Forward, and backward: as much again for the inputs' gradients, and again for those of weights where they are trained."""
+    """Forward, and backward: as much again in the parts that a gradient passes through, and again for weights where they are trained.
+
+    What adapters add is left out.
+    """
     parts = counters.forward_flops(config, documents, images, head_rows=head_rows)
     flops = {"vision": parts.vision, "connector": parts.connector, "text": parts.text, "head": parts.head}
-    whole = flops if recipe.adapter == "full" else set(recipe.trained) & set(flops)
-    return 2.0 * parts.total + sum(flops[part] for part in whole)
+    whole = set(flops) if recipe.adapter == "full" else set(recipe.trained) & set(flops)
+    learning = whole | ({*recipe.targets, *recipe.trained} if recipe.adapter != "full" else set())
+    passed = [part for part, behind in BEHIND.items() if learning & behind]
+    return float(parts.total + sum(flops[part] for part in passed) + sum(flops[part] for part in whole))
 
 
 def count_trained(config: Idefics2Config, recipe: Recipe) -> Trained:
@@ -119,11 +135,12 @@ def too_large(plan: Plan, recipe: Recipe, gpus: int) -> str:
         return ""
     sizes = {name: value for name, value in plan._asdict().items() if name != "flops"}
     largest = max(sizes, key=sizes.get)
-    advice = "more GPUs, or a larger share of frozen weights"
-    if largest == "activations":
-        advice = (
-            "fewer tokens and patches in a pack" if recipe.checkpointing == "full" else "checkpointing full, or fewer tokens and patches"
-        )
+    advice = {
+        "activations": "checkpointing full, or fewer tokens and patches",
+        "working": "fewer tokens and patches in a pack",
+    }.get(largest, "more GPUs, or a larger share of frozen weights")
+    if largest == "activations" and recipe.checkpointing == "full":
+        advice = "fewer tokens and patches in a pack"
     share = f"most are {largest}, {sizes[largest] / 1e9:.1f} GB on {gpus} GPUs"
     return f"{plan.memory / 1e9:.1f} GB do not fit {CARD / 1e9:.0f} GB: {share}; {advice}"
 
@@ -173,29 +190,36 @@ def _images(patches: int) -> list[int]:
     return [IMAGE_PATCHES] * (patches // IMAGE_PATCHES) + ([rest] if (rest := patches % IMAGE_PATCHES) else [])
 
 
-def _activations(config: Idefics2Config, recipe: Recipe) -> float:
-    """Of one pack: what every layer keeps until its backward pass, and what one layer makes anew in it where it is recomputed."""
+def _activations(config: Idefics2Config, recipe: Recipe) -> tuple[float, float]:
+    """Of one pack: what every layer keeps until its backward pass, and what the layer works with that is in it."""
     vision, text, perceiver = config.vision, config.text, config.perceiver
     trains = {"vision", "text", "connector"} if recipe.adapter == "full" else {*recipe.targets, *recipe.trained}
     queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    in_text = _kept(recipe, "text", text.hidden_size, queries, 2 * queries + 3 * keys, text.intermediate_size, 3)
-    values = recipe.tokens * _over_depth(recipe, text.num_hidden_layers, text.hidden_size, queries, in_text)
+    inside = _kept(recipe, "text", text.hidden_size, queries, 2 * queries + 3 * keys, text.intermediate_size, 3)
+    values = recipe.tokens * text.num_hidden_layers * _between(recipe, text.hidden_size, queries, inside)
+    working = recipe.tokens * _working(recipe, "text", inside, text.intermediate_size)
     if "vision" in trains:
         width = vision.hidden_size
-        in_vision = _kept(recipe, "vision", width, width, 3 * width, vision.intermediate_size, 1)
+        inside = _kept(recipe, "vision", width, width, 3 * width, vision.intermediate_size, 1)
         values += recipe.patches * (vision.patch_dim if recipe.adapter == "full" or "vision" in recipe.trained else 0)
-        values += recipe.patches * _over_depth(recipe, vision.num_hidden_layers, width, width, in_vision)
+        values += recipe.patches * vision.num_hidden_layers * _between(recipe, width, width, inside)
+        working = max(working, recipe.patches * _working(recipe, "vision", inside, vision.intermediate_size))
     if trains & {"vision", "connector"}:
         kv = 2 * perceiver.depth * perceiver.num_key_value_heads * perceiver.head_dim
         values += recipe.patches * (vision.hidden_size + 4 * text.intermediate_size + text.hidden_size + 2 * kv)
         values += len(_images(recipe.patches)) * perceiver.n_latents * perceiver.depth * 20 * text.hidden_size
-    return BYTES[recipe.dtype] * values
+    return BYTES[recipe.dtype] * values, BYTES[recipe.dtype] * working
 
 
-def _over_depth(recipe: Recipe, depth: int, width: int, attended: int, inside: int) -> int:
-    """Values a row over all layers of a part, given those inside of one."""
-    between = {"none": inside, "selective": width + attended, "full": width}[recipe.checkpointing]
-    return depth * between + (0 if recipe.checkpointing == "none" else inside)
+def _between(recipe: Recipe, width: int, attended: int, inside: int) -> int:
+    """Values a row that a layer keeps until the backward pass comes to it, given those that it keeps whole."""
+    return {"none": inside, "selective": width + attended, "full": width}[recipe.checkpointing]
+
+
+def _working(recipe: Recipe, part: str, inside: int, inner: int) -> int:
+    """Values a row of the layer that the backward pass is in: what it made anew, and the gradients around its activation function."""
+    dropped = recipe.adapter != "full" and part in recipe.targets and recipe.dropout
+    return (0 if recipe.checkpointing == "none" else inside) + inner * (5 if dropped else 3)
 
 
 def _kept(recipe: Recipe, part: str, width: int, attended: int, projected: int, inner: int, inner_outputs: int) -> int:

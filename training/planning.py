@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
@@ -17,6 +17,8 @@ from idefics2_fast.training.order import uniform
 from idefics2_fast.training.samples import ImageReference, Sample, Turn
 
 MIN_UPSCALE = 1.5
+# Conversations whose tokens are kept: those of small data return every epoch, captions and classes more often.
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Planner:
         draw = functools.partial(uniform, self.seed, epoch, sample.key)
         split = draw("split") < self.split_share
         turns = _shuffled(sample.turns, draw) if sample.pairs else sample.turns
-        token_ids, labels = self._tokens_and_labels(turns, split)
+        token_ids, labels = self._remembered(tuple(turns), split)
         upscale = tuple(self._upscale(draw, index) for index in range(len(sample.images)))
         crops = tuple(chain.from_iterable(map(functools.partial(self._crops, split), range(len(upscale)), sample.images, upscale)))
         document = Document(sample.key, token_ids, labels, sample.images, split, upscale, crops)
@@ -103,6 +105,10 @@ class Planner:
         if document.n_patches > self.patches:
             raise ValueError(f"the sample has {document.n_patches} patches, expected at most {self.patches}: samples are never cut")
         return document
+
+    def room(self, images: int) -> int:
+        """Bytes of text that surely fit beside so many images, split ones: a token stands for one byte at least."""
+        return self.tokens - images * 5 * (self.processor.image_seq_len + 2) - 2
 
     def _upscale(self, draw: functools.partial[float], index: int) -> float:
         if draw("upscale", index) >= self.upscale_share:
@@ -118,6 +124,10 @@ class Planner:
         except ValueError as error:
             raise ValueError(f"image {index}: {error}") from error
         return [math.prod(crop.grid) for crop in crops]
+
+    @functools.cached_property
+    def _remembered(self) -> Callable[[tuple[Turn, ...], bool], tuple[np.ndarray, np.ndarray]]:
+        return functools.lru_cache(maxsize=REMEMBERED)(self._tokens_and_labels)
 
     def _tokens_and_labels(self, turns: Sequence[Turn], split: bool) -> tuple[np.ndarray, np.ndarray]:
         """int64 [T] each. The answer and its end token are trained, and EOS after it; the line's end between turns is not."""

@@ -36,10 +36,14 @@ class Recipe:
     """
 
     model: str = given("", "ours", "folder or hub name of a checkpoint in Hugging Face's format")
-    data: str = given("", "ours", "a .jsonl or .parquet file, or a folder of them")
+    data: str = given("", "ours", "a .jsonl, .json or .parquet file, or a folder of them")
     out: str = given("", "ours", "folder of the run")
     seed: int = given(0, "ours")
     held_out: int = given(0, "ours", "rows at the end of the data that are not trained on, and answered when the run ends")
+
+    shuffle: bool = given(True, "ours", "another order in each epoch; False keeps the rows' own, for a curriculum")
+
+    join: bool = given(True, "paper", "rows of one question each about the same image files become one dialogue, where it surely fits")
 
     # what is trained
     adapter: Literal["dora", "lora", "full"] = given("dora", "paper", "section 3.4: DoRA in instruction tuning")
@@ -79,6 +83,7 @@ class Recipe:
     save_every: int = given(200, "ours")
     keep: int = given(2, "ours", "checkpoints that are kept")
     log_to: tuple[str, ...] = given((), "ours", "beside JSON lines: tensorboard, trackio, wandb")
+    roll_back: bool = given(True, "ours", "go back to the last checkpoint where the loss jumps; not where data gets harder on purpose")
     skip_at_most: int = given(5, "ours", "steps in a row that a loss or gradient may be non-finite")
 
     def __post_init__(self) -> None:

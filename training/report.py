@@ -32,7 +32,8 @@ POINTS = 400  # of a curve; more steps are averaged
 CHARTS = (
     (("loss",), "Loss", "nats a trained token"),
     (("tokens_per_s",), "Throughput", "tokens a second, all ranks"),
-    (("lr",), "Learning rate", ""),
+    (("lr",), "Learning rate", "of AdamW"),
+    (("grad_norm",), "Gradient", "norm of all, before clipping"),
     (("fill_tokens", "fill_patches"), "Fill of the packs", "share of the capacity"),
     (("data_wait",), "Data wait", "share of a step"),
 )
@@ -62,7 +63,7 @@ def answer_rows(recipe: Recipe, weights: Path, source: Source, device: torch.dev
     model = Idefics2.from_pretrained(weights if whole else recipe.model, dtype=DTYPES[recipe.dtype], device=device)
     if not whole:
         load_adapters(model, weights)
-    processor = Processor.from_pretrained(weights)
+    processor = Processor.from_pretrained(recipe.model)  # the folder of an adapter does not say how many positions there are
     rows = range(len(source) - recipe.held_out, len(source))
     return [source.attempt(row, lambda sample: _answer(model, processor, sample)) for row in rows]
 
@@ -137,7 +138,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
 
 # --- curves ---
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 64, 12, 12, 28
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 64, 24, 12, 28
 
 
 def _chart(records: Sequence[dict[str, Any]], metrics: Sequence[str], title: str, unit: str) -> str:
@@ -160,6 +161,7 @@ def _chart(records: Sequence[dict[str, Any]], metrics: Sequence[str], title: str
     grid += "".join(
         f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" class="x">{step:,}</text>' for step in sorted({x0, round((x0 + x1) / 2), x1})
     )
+    grid += f'<text x="{LEFT - 8}" y="{HEIGHT - 8}" class="axis">step</text>'
     drawn = "".join(_curve([(x(step), y(value)) for step, value in curve], index) for index, curve in enumerate(curves.values()) if curve)
     legend = "".join(f' <span class="c{index}">{escape(NAMES[name])}</span>' for index, name in enumerate(curves) if len(curves) > 1)
     caption = f"<figcaption>{escape(title)} <small>{escape(unit)}</small>{legend}</figcaption>"
@@ -193,6 +195,9 @@ def _figure(value: float | None) -> str:
     """Four digits that say something."""
     if value is None:
         return "not finite"
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -206,7 +211,7 @@ def _answers(answers: Sequence[Answer | Rejection]) -> str:
     exact = sum(answer.given == answer.expected for answer in good)
     rows = "".join(_answer_row(answer) for answer in answers)
     head = "<tr><th>images</th><th>question</th><th>expected</th><th>answer</th></tr>"
-    return f"<h2>Rows held out</h2><p>{exact} of {len(good)} answers are exactly the expected ones.</p><table>{head}{rows}</table>"
+    return f"<h2>Rows held out</h2><p>{exact} of {len(good)} answers are exactly the expected ones.</p>{_wide(head + rows)}"
 
 
 def _answer_row(answer: Answer | Rejection) -> str:
@@ -215,14 +220,15 @@ def _answer_row(answer: Answer | Rejection) -> str:
     pictures = "".join(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">' for data in answer.pictures)
     mark = "same" if answer.given == answer.expected else "other"
     cells = f"<td>{escape(answer.question)}</td><td>{escape(answer.expected)}</td>"
-    return f'<tr><td>{pictures}</td>{cells}<td class="{mark}">{escape(answer.given)}</td></tr>'
+    return f'<tr><td>{pictures}</td>{cells}<td class="{mark}">{escape(answer.given) or "(empty)"}</td></tr>'
 
 
 def _events(events: Iterable[dict[str, Any]]) -> str:
     rows = "".join(
         f"<tr><td>{e['step']:,}</td><td>{escape(e['event'])}</td><td>{escape(str(e.get('reason', '')))}</td></tr>" for e in events
     )
-    return f"<h2>Events</h2><table><tr><th>step</th><th>event</th><th>reason</th></tr>{rows}</table>" if rows else ""
+    head = "<tr><th>step</th><th>event</th><th>reason</th></tr>"
+    return f"<h2>Events</h2>{_wide(head + rows)}" if rows else ""
 
 
 def _table(recipe: Recipe) -> str:
@@ -235,7 +241,12 @@ def _table(recipe: Recipe) -> str:
             f"<tr><td><code>{entry.name}</code></td><td>{escape(shown)}</td><td>{source}</td><td>{escape(entry.metadata['note'])}</td></tr>"
         )
     head = "<tr><th>field</th><th>value</th><th>source</th><th>remark</th></tr>"
-    return f"<h2>Recipe</h2><p>Digest <code>{recipe.digest()}</code></p><table>{head}{''.join(rows)}</table>"
+    return f"<h2>Recipe</h2><p>Digest <code>{recipe.digest()}</code></p>{_wide(head + ''.join(rows))}"
+
+
+def _wide(rows: str) -> str:
+    """A table that scrolls on its own where the window is narrow."""
+    return f'<div class="wide"><table>{rows}</table></div>'
 
 
 PAGE = """<!doctype html>
@@ -269,16 +280,18 @@ small {{ color: var(--dim); font-weight: 400; }}
 svg {{ width: 100%; height: auto; }}
 svg line {{ stroke: var(--line); }}
 svg text {{ fill: var(--dim); font-size: 12px; font-variant-numeric: tabular-nums; }}
-.y {{ text-anchor: end; }}
+.y, .axis {{ text-anchor: end; }}
 .x {{ text-anchor: middle; }}
 polyline {{ fill: none; stroke-width: 1.8; stroke-linejoin: round; }}
 polyline.c0 {{ stroke: var(--first); }} polyline.c1 {{ stroke: var(--second); }}
 circle.c0 {{ fill: var(--first); }} circle.c1 {{ fill: var(--second); }}
 span.c0 {{ color: var(--first); }} span.c1 {{ color: var(--second); }}
+.wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; }}
 th, td {{ border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
+th, td {{ min-width: 5rem; }}
 th {{ color: var(--dim); font-weight: 500; }}
-td img {{ max-width: 120px; max-height: 120px; margin-right: .3rem; }}
+td img {{ max-width: 120px; max-height: 120px; margin-right: .3rem; border: 1px solid var(--line); }}
 .same {{ color: var(--good); }} .other {{ color: var(--bad); }}
 </style>
 </head>

@@ -12,7 +12,10 @@ The folder of a run holds
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,13 @@ import torch.distributed as dist
 from idefics2_fast import Idefics2, Processor
 from idefics2_fast.adapters import save_adapters
 from idefics2_fast.training.checkpoint import Checkpoints, run_state, set_run_state
-from idefics2_fast.training.guard import Action, Guard, Stop, Verdict
+from idefics2_fast.training.guard import Action, Guard, Stop, Verdict, gather_rare
 from idefics2_fast.training.loader import Loader, Step
 from idefics2_fast.training.parallel import Ranks, ranks, whole_state
 from idefics2_fast.training.planning import Planner
 from idefics2_fast.training.recipe import Recipe
 from idefics2_fast.training.report import answer_rows, write_report
-from idefics2_fast.training.sources import First, Source, open_source
+from idefics2_fast.training.sources import First, Source, join_pairs, open_source
 from idefics2_fast.training.telemetry import Telemetry, check_sinks
 from idefics2_fast.training.trainer import DTYPES, Losses, Trainer
 
@@ -57,29 +60,36 @@ def fit(recipe: Recipe, data: Source | Sequence[Mapping[str, Any]] | None = None
         data: rows, or a datasets.Dataset; None reads `recipe.data`.
 
     Raises:
-        ValueError: data or model that cannot be used, or a folder that holds the run of another recipe.
+        ValueError: data, model or number of ranks that cannot be used, or a folder that holds the run of another recipe.
         GuardError: losses or gradients that do not recover.
     """
     check_sinks(recipe.log_to)
     rows = open_source(recipe.data if data is None else data)
     processor = Processor.from_pretrained(recipe.model)
     with ranks() as group:
-        result = _train(recipe, trained_rows(rows, recipe), processor, group)
+        _check_ranks(recipe, group)
+        result = _train(recipe, trained_rows(rows, recipe, processor), processor, group)
     if group.first and not result.exit_code:
         answers = answer_rows(recipe, result.weights, rows, group.device) if recipe.held_out else []
         write_report(Path(recipe.out), recipe, answers)
     return result
 
 
-def trained_rows(source: Source, recipe: Recipe) -> Source:
-    """All rows but those that the recipe holds out.
+def trained_rows(source: Source, recipe: Recipe, processor: Processor) -> Source:
+    """All rows but those that the recipe holds out, joined where it says so.
 
     Raises:
         ValueError: none is left.
     """
     if recipe.held_out >= len(source):
         raise ValueError(f"held_out is {recipe.held_out}, expected fewer than the {len(source)} rows that there are")
-    return First(source, len(source) - recipe.held_out) if recipe.held_out else source
+    trained = First(source, len(source) - recipe.held_out) if recipe.held_out else source
+    return join_pairs(trained, planner_of(recipe, processor).room) if recipe.join else trained
+
+
+def _check_ranks(recipe: Recipe, group: Ranks) -> None:
+    if recipe.packs % group.world:
+        raise ValueError(f"packs is {recipe.packs}, expected a multiple of the {group.world} ranks that share them")
 
 
 def planner_of(recipe: Recipe, processor: Processor) -> Planner:
@@ -96,7 +106,7 @@ def planner_of(recipe: Recipe, processor: Processor) -> Planner:
 
 
 def _train(recipe: Recipe, source: Source, processor: Processor, group: Ranks) -> Fitted:
-    with Stop() as stop:
+    with Stop() as stop, short_turns():
         model = Idefics2.from_pretrained(recipe.model, dtype=DTYPES[recipe.dtype], device=group.device)
         run = _Run(recipe, source, processor, model, group)
         try:
@@ -105,12 +115,23 @@ def _train(recipe: Recipe, source: Source, processor: Processor, group: Ranks) -
             run.close()
 
 
+@contextmanager
+def short_turns(seconds: float = 5e-4) -> Iterator[None]:
+    """How long one of Python's threads may keep others waiting: by default 5 ms, which the step pays whenever the loader is at work."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class _Run:
     def __init__(self, recipe: Recipe, source: Source, processor: Processor, model: Idefics2, group: Ranks) -> None:
         self.recipe, self.group, self.out = recipe, group, Path(recipe.out)
         self.processor = processor
         self.trainer = Trainer(model, recipe, group, new_tokens=_new_tokens(processor))
-        self.guard = Guard(skip_at_most=recipe.skip_at_most)
+        self.guard = Guard(skip_at_most=recipe.skip_at_most, **({} if recipe.roll_back else {"factor": math.inf}))
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.digest(), keep=recipe.keep)
         self.loader = self._load_data(source)
         self.done, self.loss = self._resume(), float("nan")
@@ -147,10 +168,12 @@ class _Run:
             source,
             planner_of(self.recipe, self.processor),
             packs=self.recipe.packs,
+            shuffle=self.recipe.shuffle,
             rank=self.group.rank,
             world_size=self.group.world,
             threads=self.recipe.workers,
             quarantine=self.out / "quarantine.jsonl",
+            gather=gather_rare,
         )
 
     def _step(self, step: Step) -> None:

@@ -23,6 +23,8 @@ from idefics2_fast.training.order import WINDOW
 from idefics2_fast.training.samples import ImageReference, Sample, Turn, columns_of, read_row
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+PROBED = 1024  # rows
+TURN_BYTES = 32  # room for what a chat template writes around a turn
 
 T = TypeVar("T")
 
@@ -358,30 +360,56 @@ class Chain(Source):
         return self._sources[index], row - self._starts[index]
 
 
-class Joined(Source):
-    """A source whose rows that ask one question each about the same image files are joined, some of them to a sample of several pairs.
+def join_pairs(source: Source, room: Callable[[int], int]) -> Source:
+    """The source, where rows that ask one question each about the same image files are one sample of several pairs.
 
-    Every row is read once at the start. An image's bytes are not compared: rows that hold them stay as they are.
+    Every row is read once, here. An image's bytes are not compared: rows that hold them stay as they are. Where none of the first PROBED
+    rows can be joined to another, no more are read.
 
     Args:
-        most: pairs in a sample at most.
+        room: bytes of text that a sample of so many images has room for.
     """
+    groups: list[list[int]] = []
+    open_groups: dict[tuple[ImageReference, ...], tuple[list[int], int]] = {}  # the last of some images, and the room that it has left
+    for row in range(len(source)):
+        if row == PROBED and not open_groups:
+            return source
+        pair = source.attempt(row, _single_pair)
+        if not isinstance(pair, Sample):
+            groups.append([row])
+            continue
+        size = sum(TURN_BYTES + len(piece.encode()) for turn in pair.turns for piece in turn.pieces if piece is not None)
+        group, left = open_groups.get(pair.images, ([], 0))
+        if size > left:
+            group, left = [], room(len(pair.images))
+            groups.append(group)
+        group.append(row)
+        open_groups[pair.images] = group, left - size
+    return Joined(source, groups) if len(groups) < len(source) else source
 
-    def __init__(self, source: Source, most: int) -> None:
-        self._source = source
-        self._groups: list[list[int]] = []
-        of_images: dict[tuple[ImageReference, ...], list[int]] = {}
-        for row in range(len(source)):
-            images = source.attempt(row, _images_of_single_pair)
-            if isinstance(images, tuple) and len(group := of_images.get(images, [])) in range(1, most):
-                group.append(row)
-                continue
-            self._groups.append([row])
-            if isinstance(images, tuple):
-                of_images[images] = self._groups[-1]
+
+def _single_pair(sample: Sample) -> Sample | None:
+    """The sample, if it is one question, behind its images, which are files, and one answer."""
+    pieces = [piece for turn in sample.turns for piece in turn.pieces]
+    single = [turn.role for turn in sample.turns] == ["user", "assistant"] and None not in pieces[len(sample.images) :]
+    return sample if single and sample.images and all(isinstance(image, str) for image in sample.images) else None
+
+
+class Joined(Source):
+    """Groups of a source's rows as samples of several pairs; a group is named by its first row. See `join_pairs`."""
+
+    def __init__(self, source: Source, groups: Sequence[Sequence[int]]) -> None:
+        self._source, self._groups = source, groups
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """The source's, of the rows that are named."""
+        named = np.array([group[0] for group in self._groups])
+        lengths = np.diff(np.searchsorted(named, np.cumsum(self._source.blocks)), prepend=0)
+        return lengths[lengths > 0]
 
     def key(self, row: int) -> str:
         return self._source.key(self._groups[row][0])
@@ -393,10 +421,3 @@ class Joined(Source):
         first, *others = map(self._source.read, self._groups[row])
         turns = [Turn(turn.role, tuple(filter(None, turn.pieces))) for other in others for turn in other.turns]
         return replace(first, turns=(*first.turns, *turns), pairs=True) if others else first
-
-
-def _images_of_single_pair(sample: Sample) -> tuple[ImageReference, ...] | None:
-    """The image files of a sample that is one question, behind its images, and one answer."""
-    pieces = [piece for turn in sample.turns for piece in turn.pieces]
-    single = [turn.role for turn in sample.turns] == ["user", "assistant"] and None not in pieces[len(sample.images) :]
-    return sample.images if single and sample.images and all(isinstance(image, str) for image in sample.images) else None

@@ -60,9 +60,9 @@ class Trainer:
         self.model, self.recipe, self.ranks = model, recipe, ranks
         _choose_trained(model, recipe)
         for layer in (*model.vision_model.layers, *model.text_model.layers):
-            _checkpoint(layer, recipe.checkpointing)
             if recipe.compile:
-                layer.compile()
+                _compile(layer.mlp)
+            _checkpoint(layer, recipe.checkpointing)
         self.replicated = [layer.magnitude for layer in adapted(model).values() if layer.magnitude is not None]
         shard(model, ranks, DTYPES[recipe.dtype], ignored=set(self.replicated))
         register_fsdp_forward_method(model, "loss_sum")
@@ -221,6 +221,16 @@ def _checkpoint(layer: nn.Module, how: str) -> None:
         return
     more = {} if how == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
     layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **more)
+
+
+def _compile(mlp: nn.Module) -> None:
+    """Compiles what is row-wise: activation functions, and what adapters add to products. Attention's borders are numbers on the host,
+    others in each batch: a graph with attention in it would be compiled anew in every step.
+
+    A layer's number is part of its guards, hence the limit: a variant for each layer, with and without gradients to its input.
+    """
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    mlp.forward = torch.compile(mlp.forward)
 
 
 def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 from idefics2_fast import Idefics2, Processor
 from idefics2_fast.adapters import load_adapters
 from idefics2_fast.training import Recipe, fit, instruct
+from idefics2_fast.training import run as run_module
+from idefics2_fast.training.parallel import Ranks
+from idefics2_fast.training.sources import open_source
 from idefics2_fast.training.trainer import Trainer
 
 
@@ -158,6 +162,40 @@ def test_rows_held_out_are_not_seen_and_are_answered(corpus, tmp_path, monkeypat
     assert report.count("data:image/jpeg") == sum(len(row["images"]) for row in rows)
     with pytest.raises(ValueError, match="held_out is 60, expected fewer than the 60 rows"):
         fit(recipe_of(corpus, tmp_path / "b", held_out=60))
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_the_rows_held_out_as_one_does(corpus, tmp_path):
+    """As users start it. The first rank writes the report; the weights agree to rounding, so the greedy answers are the same."""
+    shown = []
+    for world in (1, 2):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "idefics2_fast.training"]
+        places = ["--model", corpus / "model", "--data", corpus / "data.jsonl", "--out", tmp_path / str(world)]
+        flags = "--steps 3 --warmup 0 --tokens 300 --patches 400 --packs 2 --rank 4 --dtype float32 --held-out 5".split()
+        subprocess.run([*start, "instruct", *map(str, places), *flags], check=True, capture_output=True, timeout=300)
+        report = (tmp_path / str(world) / "report.html").read_text()
+        shown.append(report[report.index("Rows held out") : report.index("<h2>Recipe")])
+    assert "of 5 answers" in shown[0]
+    assert shown[0] == shown[1]
+
+
+def test_ranks_that_cannot_share_the_packs_are_refused_before_any_work(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "ranks", lambda: nullcontext(Ranks(0, 3, torch.device("cpu"))))
+    monkeypatch.setattr(Idefics2, "from_pretrained", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(ValueError, match="packs is 2, expected a multiple of the 3 ranks"):
+        fit(recipe_of(corpus, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_one_image_become_one_dialogue(corpus, tmp_path):
+    """Unless the recipe says otherwise; those held out stay as they are."""
+    (image,) = [row["images"][0] for row in map(json.loads, (corpus / "data.jsonl").read_text().splitlines()) if row["images"]][:1]
+    rows = [{"images": [str(corpus / image)], "texts": [{"user": f"{n}?", "assistant": "lamp"}]} for n in range(7)]
+    lengths = []
+    for join in (True, False):
+        recipe = recipe_of(corpus, tmp_path, join=join, held_out=1, tokens=600)
+        lengths.append(len(run_module.trained_rows(open_source(rows), recipe, Processor.from_pretrained(corpus / "model"))))
+    assert lengths == [1, 6]
 
 
 @pytest.mark.slow

@@ -84,6 +84,10 @@ def test_what_is_no_spike(losses: list[float]) -> None:
     assert set(feed(Guard(), losses)) == {Action.PROCEED}
 
 
+def test_without_a_factor_nothing_is_a_spike() -> None:
+    assert set(feed(Guard(factor=INF), [2.5] * 40 + [50.0] + [0.0] * 80 + [1.0])) == {Action.PROCEED}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_rule_is_the_formula(seed: int) -> None:
     rng = random.Random(seed)

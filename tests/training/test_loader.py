@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from itertools import islice, pairwise
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from idefics2_fast.batch import IGNORED
 from idefics2_fast.benchmarks.local_checkpoint import write_processor
 from idefics2_fast.training.loader import Loader, Step, TooManyRejections, probe_patches
 from idefics2_fast.training.planning import Planner
-from idefics2_fast.training.sources import open_source
+from idefics2_fast.training.sources import Rejection, open_source
 
 ROWS = mixed_rows(60)
 
@@ -290,27 +292,69 @@ def test_too_many_bad_samples_stop_the_run_with_a_list(planner: Planner, images:
     rows = mixed_rows(40, seed=1)
     for row in range(0, 40, 4):
         rows[row] = {"images": images, "texts": [{"user": "?", "assistant": "!"}]}
-    with pytest.raises(TooManyRejections, match="4 of .* samples cannot be used, expected at most 3:") as raised:
-        take(loader(planner, rows, epochs=2, least_rejected=3))
-    assert len(str(raised.value).splitlines()) == 5
+    with pytest.raises(TooManyRejections, match="^[4-6] of .* samples cannot be used, expected at most 3:") as raised:
+        take(loader(planner, rows, epochs=2, least_rejected=3))  # what is damaged is counted a step at a time
+    assert len(str(raised.value).splitlines()) == 1 + int(str(raised.value)[0])
     assert sorted(set(keys(take(loader(planner, rows, epochs=1, least_rejected=10)))), key=int) == [
         str(row) for row in range(40) if row % 4
     ]
 
 
-def test_the_count_of_bad_samples_outlives_a_resumption(planner: Planner) -> None:
-    rows = mixed_rows(40, seed=1)
-    for row in (3, 30):
-        rows[row] = {"texts": []}
-    run = loader(planner, rows, max_open=1)
-    while len(run.state()["rejected"]) < 1:
+def rows_with(bad: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [bad.get(number, row) for number, row in enumerate(mixed_rows(40, seed=1))]
+
+
+NO_ROW = {"texts": []}
+DAMAGED = {"images": [picture(90, 80)[:60]], "texts": [{"user": "?", "assistant": "!"}]}
+
+
+@pytest.mark.parametrize("bad", [{3: NO_ROW, 30: NO_ROW}, {3: DAMAGED, 30: DAMAGED}, {3: NO_ROW, 30: DAMAGED}], ids=str)
+def test_the_count_of_bad_samples_outlives_a_resumption(planner: Planner, tmp_path: Path, bad: dict[int, dict[str, Any]]) -> None:
+    """Rows without a plan and damaged images count together, and those of before the resumption with those after it."""
+    settings = {"max_open": 1, "quarantine": tmp_path / "quarantine.jsonl"}
+    run = loader(planner, rows_with(bad), **settings)
+    while not (state := run.state())["rejected"] and not state["undecoded"]:
         next(run)
-    state = run.state()
     run.close()
-    resumed = loader(planner, rows, least_rejected=1)
-    resumed.load_state(state)
-    with pytest.raises(TooManyRejections, match="2 of"):
+    assert len({**state["rejected"], **state["undecoded"]}) == 1
+    resumed = loader(planner, rows_with(bad), least_rejected=1, **settings)
+    resumed.load_state(json.loads(json.dumps(state)))
+    with pytest.raises(TooManyRejections, match="2 of .* expected at most 1") as raised:
         take(resumed, 99)
+    assert len(str(raised.value).splitlines()) == 3
+    lines = [json.loads(line)["key"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(lines) == ["3", "30"]
+
+
+def test_ranks_count_what_any_of_them_found(planner: Planner) -> None:
+    """Each rank decodes its slice alone: the states stay alike, and all ranks stop at the same step."""
+    barrier, found = Barrier(2, timeout=60), [[], []]
+
+    def rank(number: int) -> tuple[list[dict[str, Any]], str]:
+        def gather(mine: Sequence[Rejection]) -> list[Rejection]:
+            found[number] = mine
+            barrier.wait()
+            everything = [*found[0], *found[1]]
+            barrier.wait()
+            return everything
+
+        rows = rows_with(dict.fromkeys((3, 9, 17, 22, 30), DAMAGED))
+        run = loader(planner, rows, least_rejected=4, rank=number, world_size=2, gather=gather)
+        states = []
+        try:
+            while True:
+                next(run)
+                states.append(run.state())
+        except TooManyRejections as error:
+            return states, str(error)
+        finally:
+            run.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        (states, error), other = pool.map(rank, (0, 1))
+    assert (states, error) == other
+    assert error.startswith("5 of ")
+    assert 1 <= len(states[-1]["undecoded"]) <= 4
 
 
 def test_data_without_a_usable_sample_stops_the_run(planner: Planner) -> None:

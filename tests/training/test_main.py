@@ -47,7 +47,7 @@ def settings() -> list[str]:
         if entry.name in ("model", "data", "out"):
             continue
         if entry.type == "bool":
-            flags.append(flag)
+            flags.append(flag if not entry.default else flag.replace("--", "--no-"))
         else:
             flags += [flag, others[entry.name] if entry.name in others else str(entry.default + (1 if entry.type == "int" else 0.25))]
     return flags
@@ -129,6 +129,18 @@ def test_check_names_file_and_line_of_every_bad_row(corpus, tmp_path, capsys, fi
     assert re.match(rf"{tmp_path}/rows.jsonl, line 2: not valid JSON", errors[0])
     assert re.match(rf"{tmp_path}/rows.jsonl, line 5: image 0: .*missing.png", errors[1])
     assert errors[2:] == ["2 of 6 rows cannot be used"]
+
+
+def test_check_asks_for_room_in_any_epoch(corpus, tmp_path, capsys, fitted):
+    """Half of the samples are split in an epoch, others in the next: a row that fits only whole is named, whatever was drawn for it."""
+    lines = [json.loads(line) for line in (corpus / "data.jsonl").read_text().splitlines()]
+    talk = [{"user": "?", "assistant": "!"}]
+    rows = [{"images": [str(corpus / name) for name in row["images"]], "texts": talk} for row in lines if len(row["images"]) == 2]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places = ["--model", str(corpus / "model"), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"), "--check"]
+    assert command.main(["instruct", *places, "--tokens", "50", "--split-share", "0"]) == 0
+    assert command.main(["instruct", *places, "--tokens", "50", "--split-share", "0.01"]) == 2
+    assert capsys.readouterr().err.endswith(f"{len(rows)} of {len(rows)} rows cannot be used\n")
 
 
 def test_the_plan_is_printed(capsys):

@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -20,6 +22,7 @@ from idefics2_fast.training.sources import Rejection
 
 RECIPE = instruct("a <model>", "data.jsonl", "out", rank=8)
 VOID = {"meta", "img"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
@@ -47,7 +50,16 @@ class Page(HTMLParser):
 
 def write_metrics(folder: Path, steps: int) -> None:
     records = [
-        {"step": step, "loss": 4 - 3 * step / steps, "lr": 1e-4, "tokens": 100, "images": 2, "seconds": 0.5, "tokens_per_s": 200.0}
+        {
+            "step": step,
+            "loss": 4 - 3 * step / steps,
+            "lr": 1e-4,
+            "grad_norm": 0.5,
+            "tokens": 100,
+            "images": 2,
+            "seconds": 0.5,
+            "tokens_per_s": 200.0,
+        }
         | {"data_wait": 0.25, "memory_bytes": 10**9, "fill_tokens": 0.9, "fill_patches": 0.8}
         for step in range(1, steps + 1)
     ]
@@ -68,7 +80,7 @@ def test_the_page_stands_alone_and_shows_all_parts(tmp_path):
     page = Page(text)
     assert all(place.startswith("data:image/jpeg;base64,") for place in page.places)
     assert not {"script", "link"} & set(page.tags)
-    assert page.tags.count("svg") == page.tags.count("figure") == 5
+    assert page.tags.count("svg") == page.tags.count("figure") == 6
     assert "prefers-color-scheme: dark" in text
     for part in (
         "1 of 2 answers",
@@ -102,9 +114,30 @@ def test_long_runs_are_averaged_and_short_ones_are_points(tmp_path):
     text = write_report(tmp_path, RECIPE).read_text()
     assert all(len(points.split()) <= report.POINTS for points in re.findall(r'points="(.*?)"', text))
     write_metrics(tmp_path, 1)
-    assert write_report(tmp_path, RECIPE).read_text().count("<circle") == 6
+    assert write_report(tmp_path, RECIPE).read_text().count("<circle") == 7
     (tmp_path / "metrics.jsonl").unlink()
     assert "No step was done" in write_report(tmp_path, RECIPE).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here to open the page in")
+@pytest.mark.parametrize(("scheme", "back", "line"), [(1, (251, 251, 250), (37, 99, 201)), (0, (22, 24, 26), (122, 167, 240))], ids=str)
+def test_a_browser_draws_the_page_in_both_schemes_and_has_nothing_to_say(tmp_path, scheme, back, line):
+    write_metrics(tmp_path, 50)
+    page, shot = write_report(tmp_path, RECIPE, [Answer("q", "yes", "no", (jpeg(),))]), tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--window-size=1200,1400"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}"]
+    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    colours = {colour: count for count, colour in Image.open(shot).convert("RGB").getcolors(1 << 24)}
+    assert max(colours, key=colours.get) == back
+    assert colours[line] > 500  # the curves
+
+
+def test_figures_are_short() -> None:
+    shown = {0.0: "0", 5e-5: "5e-5", 1e-4: "1e-4", 1.234e-4: "1.234e-4", 0.00125: "0.00125", 0.75: "0.75", 1234.5: "1,234", -2e-4: "-2e-4"}
+    assert {value: report._figure(value) for value in shown} == shown
+    assert report._figure(None) == "not finite"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.98), (1.2e-5, 1e-4), (5, 5), (0, 0), (-3, 2), (99_000, 101_500)])

@@ -12,7 +12,7 @@ from support.corpus import mixed_rows, write_jsonl
 
 from idefics2_fast.training.order import ShuffledRows
 from idefics2_fast.training.samples import Sample, Turn
-from idefics2_fast.training.sources import Joined, Rejection, RowGroups, Source, check, open_source
+from idefics2_fast.training.sources import PROBED, Rejection, RowGroups, Source, check, join_pairs, open_source
 
 
 def samples(source: Source) -> list[Sample]:
@@ -206,9 +206,32 @@ def test_rows_that_ask_about_one_image_are_joined() -> None:
         row(["a.png"], "in <image>?", "no"),
         {},
     ]
-    joined = Joined(open_source(rows), most=3)
+    joined = join_pairs(open_source(rows), lambda images: 3 * (2 * 32 + 7))  # room for three of these pairs
     assert [joined.key(index) for index in range(len(joined))] == ["0", "1", "3", "4", "5", "6", "8", "9", "10", "11", "12"]
     questions = ((None, "1?"), ("one",), ("3?",), ("three",), ("9?",), ("nine",))
     assert joined.read(0) == Sample("0", tuple(map(Turn, ("user", "assistant") * 3, questions)), ("a.png",), pairs=True)
     assert joined.read(3) == open_source(rows).read(4)
     assert [rejection.key for rejection in check(joined)] == ["12"]
+
+
+def test_rows_of_which_none_can_be_joined_are_left_as_they_are() -> None:
+    alone = {"image": [b"a"], "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
+    source = open_source([alone] * PROBED + [alone | {"image": ["a.png"]}] * 2)
+    assert join_pairs(source, lambda images: 10**6) is source
+    source = open_source([alone, alone | {"image": ["a.png"]}, alone | {"image": ["b.png"]}])
+    assert join_pairs(source, lambda images: 10**6) is source
+
+
+def test_joined_rows_keep_the_blocks_that_are_read_together(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    texts = [{"user": "?", "assistant": "!"}]
+    images = ["a.png", "a.png", "b.png", "a.png", "c.png", "a.png", "d.png"]
+    table = Table.from_pylist([{"images": [name], "texts": texts} for name in images])
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=3)
+    source = open_source(tmp_path / "rows.parquet")
+    assert source.blocks.tolist() == [3, 3, 1]
+    joined = join_pairs(source, lambda images: 10**6)
+    assert [joined.key(row) for row in range(len(joined))] == [f"rows.parquet:{line}" for line in (1, 3, 5, 7)]
+    assert joined.blocks.tolist() == [2, 1, 1]
+    assert len(joined.read(0).turns) == 8

@@ -141,6 +141,26 @@ def test_recomputed_activations_give_the_same_gradients(group):
         assert all(torch.equal(gradient, other[name]) for name, gradient in found[0].items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "how"), [("dora", "none"), ("dora", "selective"), ("full", "full")])
+def test_compiled_layers_give_the_losses_of_eager_ones(group, adapter, how):
+    """Steps of different lengths; the graphs are really there, and few, however many steps there are."""
+    from torch._dynamo.utils import counters
+
+    found, graphs = [], []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        trainer = trainer_of(group, adapter=adapter, dropout=0.1 if adapter == "dora" else 0.0, checkpointing=how, compile=compiled)
+        for step in range(5):
+            losses = trainer.accumulate(packed(DOCUMENTS[: 2 + step % 3]), step)
+            trainer.update(step)
+            found.append((losses.loss, losses.grad_norm))
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert torch.tensor(found[5:]).allclose(torch.tensor(found[:5]), rtol=1e-4)
+    assert graphs[4] < graphs[5]
+    assert graphs[-1] == graphs[-2] == graphs[-3]
+
+
 def test_text_alone_gives_the_tower_no_gradient(group):
     trainer = trainer_of(group, weight_decay=0.0)
     trainer.accumulate([batch_of([DOCUMENTS[1]])], 0)
