@@ -29,8 +29,9 @@ from idefics2_fast.kernels.tuned import MULTIPROCESSORS
 CLOCK = 1.755e9  # Hz: the boost clock of an H100 SXM; under load it is lower, which the fitted rate takes in
 
 # Published by tritonbench (pull request 894), Triton's TMA GEMM of its persistent matmul tutorial, bf16, [8192, K] x [K, 8192].
+# Both are taken for an H100's: the sources do not say.
 PUBLISHED_GEMM = {4096: 665.9e12, 8192: 673.6e12, 16384: 688.7e12}
-# Published by pytorch/benchmark (pull request 2391): Triton's fused attention tutorial, forward, head dim 128, 16384 tokens in all, H100.
+# Published by pytorch/benchmark (pull request 2391): Triton's fused attention tutorial, forward, head dim 128, 16384 tokens in all.
 PUBLISHED_ATTENTION = {512: 328.9e12, 1024: 389.7e12, 2048: 433.7e12, 4096: 458.4e12, 8192: 470.7e12, 16384: 476.8e12}
 
 Use = Counter[str]  # pipe -> cycles
