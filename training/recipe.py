@@ -83,7 +83,7 @@ class Recipe:
     save_every: int = given(200, "ours")
     keep: int = given(2, "ours", "checkpoints that are kept")
     log_to: tuple[str, ...] = given((), "ours", "beside JSON lines: tensorboard, trackio, wandb")
-    roll_back: bool = given(True, "ours", "go back to the last checkpoint where the loss jumps; not for data that becomes harder on purpose")
+    roll_back: bool = given(True, "ours", "go back to the last checkpoint where the loss jumps; not where data gets harder on purpose")
     skip_at_most: int = given(5, "ours", "steps in a row that a loss or gradient may be non-finite")
 
     def __post_init__(self) -> None:
