@@ -55,8 +55,7 @@ def _fonts(package: str, folder: str, *names: str) -> Fonts:
 
 
 TRAINED_FONTS = (
-    # The first, which easy drawings are in, gives each letter as much room: where letters stand is learned first.
-    *_fonts("matplotlib", "mpl-data/fonts/ttf", "DejaVuSansMono.ttf", "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf"),
+    *_fonts("matplotlib", "mpl-data/fonts/ttf", "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSansMono.ttf"),
     *_fonts("matplotlib", "mpl-data/fonts/ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "STIXGeneral.ttf", "STIXGeneralBol.ttf"),
     *_fonts("matplotlib", "mpl-data/fonts/ttf", "cmr10.ttf", "cmss10.ttf"),
     *_fonts("font_manrope", "files", "Manrope-Regular.ttf", "Manrope-Bold.ttf"),
