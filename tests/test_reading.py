@@ -207,7 +207,9 @@ def test_some_steps_make_the_loss_fall(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(run=False, reason="not reached yet: 76 % of words and 8 % of letters in 11 minutes, 80 % and 50 % are wanted")
+@pytest.mark.xfail(
+    run=False, reason="not reached yet: the best run of 11 minutes read 76 % of words and 8 % of letters, 80 % and 50 % are wanted"
+)
 def test_a_reader_of_words_reads_letters_that_it_has_never_seen_together(tmp_path):
     """150 words, and strings of random letters: one in eight of all strings is kept from training."""
     steps, words = 3000, (*WORDS, *MORE_WORDS)
