@@ -21,7 +21,7 @@ from idefics2_fast.benchmarks.report import table
 from idefics2_fast.training import Recipe, fit, instruct
 
 FOLDER = Path("build/demo")
-STEPS, TUNING_STEPS = 850, 120
+STEPS, TUNING_STEPS = 1100, 120
 DOCUMENTS, TOKENS = 64, 22  # documents in a step, tokens in a document that asks to read a word of six letters
 EXAMINED, COMPARED, SHOWN = 240, 24, 12
 PASS, CHANCE = 0.7, 0.1  # the least share of held-out words that must be read, the greatest that may be where the image is blank

@@ -186,11 +186,12 @@ def snapshot(name: str, chance: random.Random) -> Image.Image:
 class Lessons(Sequence):
     """Rows to learn to read from, easy ones first: words, or random letters, in more and more styles, and captioned photographs.
 
-    The difficulty is 0 over the first `easy` share of the rows, then rises to 1 along a line, where it is from `hard` on. Within windows of
-    `WINDOW` rows drawings stand by size: neighbours of one size are attended to by one call.
+    Over the first `easy` share of the rows texts become more various, from `WORDS` alone to all words and random letters. The difficulty is
+    0 there, then rises to 1 along a line, where it is from `hard` on. Within windows of `WINDOW` rows drawings stand by size: neighbours of
+    one size are attended to by one call.
 
     Args:
-        letters: share of the rows that show random letters in place of a word: one or two in easy rows, three to six in hard ones.
+        letters: share of the rows that show random letters in place of a word, once the easy rows are over.
         captions: share of the rows that show a photograph.
     """
 
@@ -220,6 +221,10 @@ class Lessons(Sequence):
         """How hard drawings are at a row."""
         return min(1.0, max(0.0, (row / self.rows - self.easy) / (self.hard - self.easy)))
 
+    def variety(self, row: int) -> float:
+        """Which share of the words, and of the random letters, there is at a row: few texts come first."""
+        return min(1.0, row / max(1.0, self.easy * self.rows))
+
     def _chance(self, row: int) -> random.Random:
         return random.Random(f"{self.seed} {row}")
 
@@ -229,10 +234,12 @@ class Lessons(Sequence):
         kind = chance.random()
         if kind < self.captions:
             return chance.choice(sorted(CAPTIONS))
-        is_letters = kind < self.captions + (1 - self.captions) * self.letters
-        difficulty = self.difficulty(row)
-        lengths = 1 + round(2 * difficulty), 2 + round(4 * difficulty)
-        return draw(random_letters(chance, lengths) if is_letters else chance.choice(self.words), chance, difficulty)
+        variety = self.variety(row)
+        if kind < self.captions + (1 - self.captions) * self.letters * variety:
+            text = random_letters(chance, (3, 6))
+        else:
+            text = chance.choice(self.words[: max(len(WORDS), round(variety * len(self.words)))])
+        return draw(text, chance, self.difficulty(row))
 
 
 @functools.lru_cache(maxsize=4)

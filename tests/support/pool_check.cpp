@@ -4,11 +4,12 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
-#include <set>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -36,12 +37,17 @@ static void each_task_runs_once() {
 }
 
 static void threads_are_as_many_as_asked() {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
     std::mutex lock;
+    std::condition_variable grown;
     std::set<std::thread::id> seen;
     parallel_for(60, 3, [&](int64_t) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(2));
-        std::lock_guard guard(lock);
+        std::unique_lock guard(lock);
         seen.insert(std::this_thread::get_id());
+        grown.notify_all();
+        grown.wait_until(guard, deadline, [&] { return seen.size() >= 3; });  // however seldom a thread gets its turn
+        guard.unlock();
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));  // a fourth thread would come in here
     });
     REQUIRE(seen.size() == 3);
     REQUIRE(seen.count(std::this_thread::get_id()) == 1);
@@ -50,11 +56,18 @@ static void threads_are_as_many_as_asked() {
 static void errors_reach_the_caller() {
     for (const int threads : {1, 2, 5}) {
         std::atomic<int> begun{0};
+        std::atomic<bool> thrown{false};
         std::string message;
         try {
             parallel_for(2000, threads, [&](int64_t i) {
                 ++begun;
-                if (i == 10) throw std::invalid_argument("ten");
+                if (i == 10) {
+                    thrown = true;
+                    throw std::invalid_argument("ten");
+                }
+                // Time for the error to get through, however seldom its thread runs: 2000 of these take 20 seconds or more.
+                while (i > 10 && !thrown) std::this_thread::yield();
+                if (i > 10) std::this_thread::sleep_for(std::chrono::milliseconds(50));
             });
         } catch (const std::invalid_argument& error) {
             message = error.what();

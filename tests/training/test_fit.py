@@ -20,7 +20,7 @@ from idefics2_fast.training import Recipe, fit, instruct
 from idefics2_fast.training import run as run_module
 from idefics2_fast.training.parallel import Ranks
 from idefics2_fast.training.sources import open_source
-from idefics2_fast.training.trainer import Trainer
+from idefics2_fast.training.trainer import Losses, Trainer
 
 
 def recipe_of(corpus: Path, out: Path, **changes) -> Recipe:
@@ -66,6 +66,26 @@ def test_a_run_that_crashed_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("roll_back", [True, False])
+def test_a_jump_of_the_loss_goes_back_or_does_not(corpus, tmp_path, monkeypatch, roll_back):
+    """While the loader is at work, threads take short turns; after the run they are as they were."""
+    turns = []
+
+    def accumulate(self, batches, step):
+        turns.append(sys.getswitchinterval())
+        loss = 9.0 if step == 18 else 1.0
+        return Losses(loss, loss, 1.0, trained=1, images=0, flops=1.0)
+
+    monkeypatch.setattr(Trainer, "accumulate", accumulate)
+    before = sys.getswitchinterval()
+    recipe = recipe_of(corpus, tmp_path, steps=20, save_every=20, roll_back=roll_back)
+    with pytest.raises(ValueError, match="loss 9 where the median") if roll_back else nullcontext():
+        assert fit(recipe).steps == 20
+    assert len(turns) == (19 if roll_back else 20)
+    assert max(turns) < before
+    assert sys.getswitchinterval() == before
+
+
 def test_another_recipe_is_refused_in_the_same_folder(corpus, tmp_path):
     fit(recipe_of(corpus, tmp_path, steps=3))
     with pytest.raises(ValueError, match="recipe"):
@@ -98,7 +118,7 @@ def test_what_a_run_leaves_behind_is_what_was_trained(corpus, tmp_path, adapter)
 WORKER = """
 import json, signal, sys
 from idefics2_fast.training import fit, instruct
-from idefics2_fast.training.trainer import Trainer
+from idefics2_fast.training.trainer import Losses, Trainer
 model, data, out, changes, stop = sys.argv[1:]
 update = Trainer.update
 def updated(self, step):
