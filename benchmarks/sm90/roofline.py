@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from idefics2_fast.benchmarks.sm90 import pipes, resources
@@ -19,6 +19,7 @@ from idefics2_fast.benchmarks.sm90.resources import Resources
 # Of an H100 SXM, as a good kernel sees them: dense bf16 products and reads of its memory. Nominal: 989 TFLOP/s and 3.35 TB/s.
 TENSOR = 800e12
 MEMORY = 3.0e12
+LATENCY = 0.8e-6  # seconds from a request to global memory to its data, under load
 LAUNCH = 2.5e-6  # seconds between the starts of two small kernels outside of a CUDA graph; no part of a floor
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -78,13 +79,14 @@ class Line:
     """A line of the table: what is run, the least work, the goal in microseconds.
 
     `kernels`: those with products, by their key in the table of resources -> what each computes, as a share of the least FLOPs; more than
-    1 in all where something is computed twice.
+    1 in all where something is computed twice. `stream`: the kernel of an op without products.
     """
 
     title: str
     work: Work
     goal: float | None
-    kernels: Mapping[str, float]
+    kernels: Mapping[str, float] = field(default_factory=dict)
+    stream: str = ""
 
 
 ATTENTION, CONTEXT, EMBEDDING = "perceiver_attention/half 96/1 image", "perceiver_context/half 16384/1 image", "embedding/half 65536"
@@ -104,8 +106,13 @@ LINES = [
         110,
         {f"{ATTENTION}/_backward_kv": 4 / 5, f"{ATTENTION}/_backward_q": 3 / 5},
     ),
-    Line("embedding + NEFTune + merge, 8192 tokens", embedding(8192, 4096, noise=True), 50, {}),
-    Line("embedding backward, 8192 tokens, 32003 rows", embedding_backward(8192, 32003, 4096), None, {}),
+    Line("embedding + NEFTune + merge, 8192 tokens", embedding(8192, 4096, noise=True), 50, stream=f"{EMBEDDING}/noise/embedding_forward"),
+    Line(
+        "embedding backward, 8192 tokens, 32003 rows",
+        embedding_backward(8192, 32003, 4096),
+        None,
+        stream=f"{EMBEDDING}/plain/embedding_table_grad",
+    ),
 ]
 
 
@@ -113,12 +120,13 @@ def page(rows: Mapping[str, Resources], rates: Mapping[str, float], fit: str) ->
     """docs/performance.md."""
     lines = [
         f"| {line.title} | {line.work.flops / 1e9:.1f} | {line.work.bytes / 1e6:.1f} | {line.work.floor * 1e6:.1f} ({line.work.bound}) "
-        f"| {prediction(line, rates)} | {f'{line.goal:g}' if line.goal else '-'} |"
+        f"| {prediction(line, rows, rates) * 1e6:.1f} | {f'{line.goal:g}' if line.goal else '-'} |"
         for line in LINES
     ]
     return PAGE_TEXT.format(
         tensor=TENSOR / 1e12,
         memory=MEMORY / 1e12,
+        latency=LATENCY * 1e6,
         clock=pipes.CLOCK / 1e9,
         launch=LAUNCH * 1e6,
         lines="\n".join(lines),
@@ -127,12 +135,17 @@ def page(rows: Mapping[str, Resources], rates: Mapping[str, float], fit: str) ->
     )
 
 
-def prediction(line: Line, rates: Mapping[str, float]) -> str:
-    """Microseconds by the model of the pipes, "-" for what has no products."""
-    if not line.kernels:
-        return "-"
-    seconds = sum(line.work.flops * share / rates[kernel] for kernel, share in line.kernels.items())
-    return f"{max(seconds, line.work.bytes / MEMORY) * 1e6:.1f}"
+def prediction(line: Line, rows: Mapping[str, Resources], rates: Mapping[str, float]) -> float:
+    """Seconds: products by the model of the pipes, a stream by what a multiprocessor's threads have under way at a time."""
+    if line.stream:
+        return line.work.bytes / min(MEMORY, stream_rate(rows[line.stream]))
+    return max(sum(line.work.flops * share / rates[kernel] for kernel, share in line.kernels.items()), line.work.bytes / MEMORY)
+
+
+def stream_rate(row: Resources) -> float:
+    """Bytes a second that a card full of this kernel can ask for: half of them read, the loads of one turn under way at a time."""
+    under_way = row.ctas * row.config["num_warps"] * 32 * sum(int(width) * count for width, count in row.loads.items())
+    return 2 * pipes.MULTIPROCESSORS * under_way / LATENCY
 
 
 PAGE_TEXT = """# Performance on H100, on paper
@@ -142,7 +155,7 @@ Nothing on this page was measured on a GPU. Floors follow from shapes, predictio
 
 ## Floors, predictions, goals
 
-Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {clock:.3f} GHz; a launch outside of a CUDA graph costs about
+Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {latency:.1f} us from a request to its data, {clock:.3f} GHz; a launch outside of a CUDA graph costs about
 {launch:.1f} us, which is in no number here. FLOPs and bytes are the least that the op must do. Times in microseconds.
 
 | op | GFLOP | MB | floor | predicted, unmeasured | goal |
