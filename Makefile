@@ -96,15 +96,15 @@ test-oldest: .venv/oldest ## the tests of the model, the processors, the patch a
 	@$(PIP) --python $@/bin/python install --quiet --no-deps $(OLDEST)
 	@touch $@
 
-bench: .venv/ready ## the benchmarks
-	@$(RUN) idefics2_fast.benchmarks $(BENCH_ARGS)
+bench: .venv/ready ## every benchmark beside transformers and others, kept in benchmarks/results, drawn in report.html (BENCH_ARGS=--quick)
+	@$(RUN) idefics2_fast.benchmarks --report report.html $(BENCH_ARGS)
 
 # What the images suite compares with: pillow-simd takes Pillow's place, so each has an environment of its own beside .venv's packages.
 RIVALS := pillow-simd==12.1.1.post0 torchvision==0.28.0 opencv-python-headless==5.0.0.93
 # pillow-simd is built here, for its resize alone.
 WITHOUT := $(foreach part,zlib jpeg tiff freetype raqm lcms webp jpeg2000 imagequant xcb avif,-C $(part)=disable)
 
-rivals: .venv/ready ## install what `python -m idefics2_fast.benchmarks.images` compares with
+rivals: .venv/ready ## install other libraries that the images suite compares with, each in an environment of its own
 	@for rival in $(RIVALS); do \
 		place=.venv/rivals/$${rival%%=*}; \
 		$(RUN) venv --without-pip $$place; \
@@ -119,7 +119,7 @@ lint: .venv/ready ## ruff: rules and formatting
 	@$(RUN) ruff format --check --quiet
 
 clean: ## remove all that make made
-	rm -rf .venv build *.egg-info idefics2_fast/_C.*.so demo-model .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build *.egg-info idefics2_fast/_C.*.so demo-model report.html .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 comma := ,
 # $(call require,a shell command that must succeed,what to say otherwise)

@@ -1,4 +1,4 @@
-"""`python -m idefics2_fast.benchmarks`: runs suites, prints a table, keeps the results."""
+"""`python -m idefics2_fast.benchmarks`: runs suites, prints tables, keeps the results."""
 
 from __future__ import annotations
 
@@ -6,135 +6,134 @@ import argparse
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from idefics2_fast.benchmarks import images, model, patch
-from idefics2_fast.benchmarks.model import Case, cases, left_out, load_setting
-from idefics2_fast.benchmarks.record import default_path, device_name, versions, write_records
-from idefics2_fast.benchmarks.report import case_table, records, verdicts
+from idefics2_fast.benchmarks import compare, page, readme
+from idefics2_fast.benchmarks.case import ENGINE, SIZES, Case, Figures, LeftOut, Scope, threads
+from idefics2_fast.benchmarks.record import RESULTS, Record, default_path, device_name, versions, write_records
+from idefics2_fast.benchmarks.report import case_table, derived, figures_table, judged, records, records_of, verdicts
 from idefics2_fast.benchmarks.timing import Measurement, measure
 
-INSTRUCT = "instruct"  # needs the extra `train`
-SUITES = (*model.SUITES, patch.SUITE, images.SUITE, INSTRUCT)
-COMMANDS = ("dora_linear", "embedding", "linear_cross_entropy", "perceiver")  # suites with options and a table of their own
-SETTINGS = {"tiny": (torch.float32,), "small": (torch.float32, torch.bfloat16)}
+# suite -> the module whose `cases` makes it
+KERNELS = ("dora_linear", "embedding", "linear_cross_entropy", "perceiver", "segment_attention")
+MODEL = ("encode", "first_token", "decode")
+SUITES = {"images": "images", **{name: name for name in KERNELS}, "sm90": "sm90.suite", **dict.fromkeys(MODEL, "model")}
+SUITES |= {name: name for name in ("instruct", "patch", "scaling")}
+GROUPS = {"kernels": KERNELS, "model": MODEL}
+QUICK, FULL = {"seconds": 4, "rounds": (3, 7)}, {"seconds": 10, "rounds": (3, 25), "once": 20}
 
 EXAMPLES = """
+suites: {suites}
+groups: {groups}
+
 hf        transformers as it comes: one padded batch
 hf-tuned  transformers at its best: images one by one, no padding, no masks
+A provider that is not installed, or needs another device, has a row that says so.
 
 examples:
   python -m idefics2_fast.benchmarks --quick
   python -m idefics2_fast.benchmarks decode --model small
-  python -m idefics2_fast.benchmarks encode first_token --out results.jsonl
-  python -m idefics2_fast.benchmarks images
-  python -m idefics2_fast.benchmarks patch --model small
-  python -m idefics2_fast.benchmarks instruct --model tiny
-
-with options of their own, --help shows them:
-  python -m idefics2_fast.benchmarks dora_linear
-  python -m idefics2_fast.benchmarks embedding
-  python -m idefics2_fast.benchmarks linear_cross_entropy
-  python -m idefics2_fast.benchmarks perceiver
-"""
+  python -m idefics2_fast.benchmarks kernels images --out results.jsonl
+  python -m idefics2_fast.benchmarks --compare old.jsonl new.jsonl --threshold 0.05
+  python -m idefics2_fast.benchmarks --report report.html --no-run
+""".format(suites=", ".join(SUITES), groups="; ".join(f"{name}: {', '.join(parts)}" for name, parts in GROUPS.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where a provider's output was wrong; 130 after Ctrl-C, which keeps what was measured."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(f"idefics2_fast.benchmarks.{arguments[0]}").main(arguments[1:])
+    """Returns 0; 1 where this engine was wrong or something became slower; 130 after Ctrl-C, which keeps what was measured."""
     options = _parser().parse_args(arguments)
+    if options.compare:
+        return compare.main(*options.compare, options.threshold)
+    if options.readme:
+        return readme.main()
+    status = 0 if options.no_run else _run(options)
+    if options.report:
+        files = [options.out] if options.out else sorted(RESULTS.glob("*.jsonl"))
+        print(f"Report: {page.write_report(options.report, [path for path in files if path.exists()])}")
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = options.out or (None if options.quick else default_path(device))
     print(f"{device_name(device)}; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     held: list[bool] = []
     status = 0
     try:
-        for case, results, measured_on in _measured(options, device):
-            print(f"\n{case_table(case, results)}", flush=True)
-            held += [holds for row in case.rows for holds in verdicts(row, results).values()]
-            if any(result.wrong for result in results.values()):
-                status = 1
-            if path is not None:
-                write_records(path, records(case, results, measured_on))
-        if INSTRUCT in (options.suites or SUITES) and options.model in (None, "tiny") and not options.quick:
-            held += _loader_figures(path)
+        for shown, made, verdict, wrong in _results(options, device):
+            print(f"\n{shown}", flush=True)
+            held += verdict
+            status |= wrong
+            for path, lines in groupby(made, lambda record: options.out or default_path(record.device)):
+                if options.out or not options.quick:
+                    write_records(path, lines)
     except KeyboardInterrupt:
         print("\nInterrupted. What stands above was measured.")
         status = 130
-    print(f"\n{sum(held)} of {len(held)} required speeds hold." + (f" Results: {path}" if path else " Not kept: --out FILE keeps them."))
+    kept = f"Results: {options.out or RESULTS}" if options.out or not options.quick else "Not kept: --out FILE keeps them."
+    print(f"\n{sum(held)} of {len(held)} requirements hold. {kept}")
     return status
 
 
-def _measured(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Case, dict[str, Measurement], torch.device]]:
-    """Each case, its results, and where they were taken: images are prepared on the CPU."""
-    chosen, cpu = options.suites or SUITES, torch.device("cpu")
-    effort = {"seconds": 4, "rounds": (3, 7)} if options.quick else {"seconds": 20, "rounds": (3, 25)}
-    most = 1 if options.quick else None
-    for case in _cases_of_models(options, chosen, device, most):
-        yield case, measure(case.calls, case.check, device=device, title=f"{case.suite}, {case.rows[0].name}", **effort), device
-    if images.SUITE in chosen:
-        with images.prepared() as prepared:
-            for case, _ in islice(prepared.cases(), most):
-                yield case, measure(case.calls, case.check, device=cpu, title=case.rows[0].name, **effort), cpu
+def _results(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, list[Record], list[bool], bool]]:
+    """Of each case, of figures and of what is left out: what is shown and kept, which requirements hold, whether this engine was wrong."""
+    for what in _cases(options, device):
+        if isinstance(what, LeftOut):
+            yield f"{what.suite}: {what.case} is left out: {what.reason}", records_of(what, device), [], False
+        elif isinstance(what, Figures):
+            yield figures_table(what), records_of(what, device), judged(what), False
+        else:
+            place = what.device or device
+            with threads(what.threads):
+                results = _measured(what, place, QUICK if options.quick else FULL)
+                made = records(what, results, place)
+            held = [holds for row in what.rows for holds in verdicts(row, results).values()]
+            held += judged(derived(what, results))
+            yield case_table(what, results), made, held, ENGINE in results and bool(results[ENGINE].wrong)
 
 
-def _loader_figures(path: Path | None) -> list[bool]:
-    """What the trainer's loader does, printed and kept; whether each requirement holds."""
-    from idefics2_fast.benchmarks import instruct
-
-    figures = instruct.loader_figures()
-    print(f"\n{instruct.figures_table(figures)}", flush=True)
-    if path is not None:
-        write_records(path, [figure.record() for figure in figures])
-    return [figure.holds for figure in figures]
+def _measured(case: Case, device: torch.device, effort: dict[str, object]) -> dict[str, Measurement]:
+    results = measure(case.calls, case.check, device=device, title=f"{case.suite}, {case.rows[0].name}", **effort)
+    return results | {name: Measurement(absent=reason) for name, reason in case.absent.items()}
 
 
-def _cases_of_models(options: argparse.Namespace, chosen: Sequence[str], device: torch.device, most: int | None) -> Iterator[Case]:
-    of_model = [suite for suite in chosen if suite in model.SUITES]
-    if not of_model and not {patch.SUITE, INSTRUCT} & set(chosen):
-        return
-    for name in [options.model] if options.model else ["tiny"] if options.quick else list(SETTINGS):
-        for dtype in SETTINGS[name] if of_model else ():
-            setting = load_setting(name, dtype, device)
-            for suite in of_model:
-                if reason := left_out(suite, setting):
-                    print(f"\n{suite}: {setting.name} is left out: {reason}")
-                    continue
-                yield from islice(cases(suite, setting), most)
-        if patch.SUITE in chosen:
-            yield from islice(patch.cases(name, device), most)
-        if INSTRUCT in chosen:
-            from idefics2_fast.benchmarks import instruct
-
-            yield from islice(instruct.cases(name), most)
+def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case | Figures | LeftOut]:
+    """What the wanted suites make; a module is imported when its turn comes, and one that cannot be is left out."""
+    chosen = [part for name in options.suites or SUITES for part in GROUPS.get(name, (name,))]
+    for home, parts in groupby(dict.fromkeys(chosen), SUITES.get):
+        scope = Scope(device, tuple(parts), options.quick, options.model)
+        try:
+            module = importlib.import_module(f"idefics2_fast.benchmarks.{home}")
+        except ModuleNotFoundError as error:
+            yield from (LeftOut(part, "all cases", f"{error.name} is not installed") for part in scope.parts)
+            continue
+        yield from module.cases(scope)
 
 
 def _suite(name: str) -> str:
-    if name not in SUITES:
-        raise argparse.ArgumentTypeError(f"no suite {name!r}: expected {', '.join(SUITES)}")
+    if name not in SUITES and name not in GROUPS:
+        raise argparse.ArgumentTypeError(f"no suite {name!r}: expected {', '.join([*GROUPS, *SUITES])}")
     return name
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m idefics2_fast.benchmarks",
-        description="Times this engine beside transformers, on the same random weights, in one run.",
+        description="Times this engine beside transformers and others, on the same weights, in one run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("suites", nargs="*", type=_suite, metavar="suite", help=f"{', '.join(SUITES)}; all of them where none is named")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="the tiny model, the first case of each suite, few rounds: under two minutes on a quiet machine",
-    )
-    parser.add_argument("--model", choices=list(SETTINGS), help="this size alone")
+    parser.add_argument("suites", nargs="*", type=_suite, metavar="suite", help="suites or groups of them; all where none is named")
+    parser.add_argument("--quick", action="store_true", help="the tiny model, the first case of each suite, few rounds; not kept unasked")
+    parser.add_argument("--model", choices=SIZES, help="this size alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to add to, by default results/<device>.jsonl in this package")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page of the results, of --out or of all that are kept")
+    parser.add_argument("--no-run", action="store_true", help="with --report: of what is there")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="what became slower from one file to another")
+    parser.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="share that counts, by default %(default)s")
+    parser.add_argument("--readme", action="store_true", help="write the README's figures from the results")
     return parser
 
 

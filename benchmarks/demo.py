@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from idefics2_fast.benchmarks import learn
-from idefics2_fast.benchmarks.model import Row
+from idefics2_fast.benchmarks.case import Row
 from idefics2_fast.benchmarks.photographs import PLACES, photograph
 from idefics2_fast.benchmarks.providers import HuggingFace, Provider, answer, load_providers, question
 from idefics2_fast.benchmarks.record import device_name, versions

@@ -1,39 +1,48 @@
 """One linear layer under DoRA, forward and backward: what it costs beyond the frozen layer, here and by PEFT.
 
-`python -m idefics2_fast.benchmarks.dora_linear` prints each case and then what must hold. Every call of this engine computes the norms
-anew, as the first pass after an optimizer step does. A provider whose output or gradients are not PEFT's gets no time.
+Every call of this engine computes the norms anew, as the first pass after an optimizer step does. A provider whose output or gradients are
+not PEFT's gets no time.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from idefics2_fast.benchmarks.model import Case, Row
-from idefics2_fast.benchmarks.record import Record, commit, default_path, device_name, versions, write_records
-from idefics2_fast.benchmarks.report import ENGINE, records, seconds, size, table
-from idefics2_fast.benchmarks.timing import Call, Measurement, Watch, measure, quantiles
+from idefics2_fast.benchmarks.case import ENGINE, Case, Figure, Figures, Row, Scope
+from idefics2_fast.benchmarks.timing import Call, Measurement, Watch, quantiles
 from idefics2_fast.patching.dora import dora_variant
 from idefics2_fast.row_norm import OptimizerSteps, expire
 
 # (out, in) of Mistral's attention and MLP projections.
 SHAPES = ((4096, 4096), (14336, 4096))
+QUICK = (2048, 2048)
 TOKENS, RANK, ALPHA = 1024, 64, 16
 FROZEN, PEFT, KEPT = "frozen", "peft", f"{ENGINE}, norms kept"
 PHASES = ("forward", "backward")
-REQUIRED, AIM, MEMORY = 0.35, 0.25, 0.25
+TIME, MEMORY = 0.35, 0.25  # of PEFT's overhead, at most
 
 
-def layer_case(shape: tuple[int, int], dropout: float, device: torch.device) -> Case:
+def cases(scope: Scope) -> Iterator[Case]:
+    """Each shape, and the first with dropout too."""
+    shapes = [QUICK] if scope.quick else SHAPES
+    steps = OptimizerSteps()
+    try:
+        yield from (layer_case(shape, 0.0, scope.device) for shape in shapes)
+        if not scope.quick:
+            yield layer_case(shapes[0], 0.1, scope.device)
+    finally:
+        steps.remove()
+
+
+def layer_case(shape: tuple[int, int], dropout: float, device: torch.device, rank: int = RANK) -> Case:
     """PEFT's layer, a twin that shares its parameters but computes by this engine, and the frozen layer beneath both."""
     out, width = shape
-    theirs = _peft_layer(nn.Linear(width, out, bias=False, device=device), dropout)
+    theirs = _peft_layer(nn.Linear(width, out, bias=False, device=device), dropout, rank)
     ours = copy.copy(theirs)
     ours.lora_variant = {"default": dora_variant(theirs, "default")}
     x = torch.randn(TOKENS, width, device=device, requires_grad=True)
@@ -54,18 +63,20 @@ def layer_case(shape: tuple[int, int], dropout: float, device: torch.device) -> 
         return run
 
     calls = {FROZEN: call(theirs.base_layer, [x]), PEFT: call(theirs, leaves), ENGINE: call(ours, leaves, True), KEPT: call(ours, leaves)}
-    row = Row(f"{out}x{width}, {TOKENS} tokens, rank {RANK}" + (f", dropout {dropout}" if dropout else ""), PHASES)
-    return Case("dora_linear", calls, _same_as(calls[PEFT](Watch(device))), (row,))
+    name = f"{out}x{width}, {TOKENS} tokens, rank {rank}" + (f", dropout {dropout}" if dropout else "")
+    rows = (*(Row(name, (phase,), pass_=phase) for phase in PHASES), Row(name, PHASES, pass_="both"))
+    check = _same_as(calls[PEFT](Watch(device)))
+    return Case("dora_linear", calls, check, rows, derived=partial(overheads, name, judged=not dropout and shape in SHAPES))
 
 
-def _peft_layer(base: nn.Linear, dropout: float) -> nn.Module:
+def _peft_layer(base: nn.Linear, dropout: float, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, use_dora=True, target_modules=["0"], init_lora_weights=False)
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=dropout, use_dora=True, target_modules=["0"], init_lora_weights=False)
     return get_peft_model(nn.Sequential(base), config).base_model.model[0]
 
 
-def _same_as(expected: Sequence[Tensor]) -> object:
+def _same_as(expected: Sequence[Tensor]) -> Callable[[str, Sequence[Tensor]], str]:
     def check(name: str, actual: Sequence[Tensor]) -> str:
         if name == FROZEN:
             return ""
@@ -87,72 +98,13 @@ def memory_overhead(results: Mapping[str, Measurement], name: str) -> float | No
     return None if own is None else (own - frozen) / (peft - frozen)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where a provider was wrong or a requirement does not hold."""
-    options = _parser().parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{device_name(device)}; {versions()}")
-    summary = [["overhead, part of PEFT's", "required", "aim", "measured", ""]]
-    steps = OptimizerSteps()
-    for shape, dropout in [(shape, 0.0) for shape in options.shape or SHAPES] + [(shape, 0.1) for shape in (options.shape or SHAPES)[:1]]:
-        case = layer_case(shape, dropout, device)
-        row = case.rows[0]
-        results = measure(case.calls, case.check, device=device, seconds=options.seconds, rounds=(5, 25), title=row.name)
-        if any(result.wrong for result in results.values()):
-            summary.append([row.name, "-", "-", "; ".join(result.wrong for result in results.values()), "FAIL"])
-            continue
-        print(f"\n{_table(row, results)}", flush=True)
-        summary += _lines(row, results, judged=not dropout)
-        write_records(options.out or default_path(device), [*records(case, results, device), *_overheads(case, results, device)])
-    steps.remove()
-    print(f"\n{table(summary)}")
-    return int(any(line[-1] == "FAIL" for line in summary))
-
-
-def _table(row: Row, results: Mapping[str, Measurement]) -> str:
-    lines = [["provider", "forward", "backward", "both", "memory"]]
-    for name, result in results.items():
-        times = [seconds(quantiles(result.seconds(phases)).median) for phases in (PHASES[:1], PHASES[1:], PHASES)]
-        lines.append([name, *times, size(result.peak(PHASES))])
-    return f"dora_linear: {row.name}\n{table(lines)}"
-
-
-def _lines(row: Row, results: Mapping[str, Measurement], judged: bool) -> list[list[str]]:
-    lines = []
-    for what, value, most, aim in (
-        ("time", quantiles(time_overhead(results, ENGINE)).median, REQUIRED, f"{AIM:.0%}"),
-        ("memory", memory_overhead(results, ENGINE), MEMORY, "-"),
-    ):
-        if value is not None:
-            verdict = ("pass" if value <= most else "FAIL") if judged else ""
-            lines.append([f"{row.name}, {what}", f"<= {most:.0%}" if judged else "-", aim if judged else "-", f"{value:.1%}", verdict])
-    return lines
-
-
-def _overheads(case: Case, results: Mapping[str, Measurement], device: torch.device) -> list[Record]:
-    common = {"suite": case.suite, "case": case.rows[0].name, "pass_": "both", "device": device_name(device)}
-    common |= {"versions": versions(), "commit": commit(), "unit": "x"}
+def overheads(case: str, results: Mapping[str, Measurement], judged: bool) -> Figures:
+    """What the engine costs beyond the frozen layer, as parts of what PEFT costs beyond it."""
     made = []
     for name in (ENGINE, KEPT):
+        limits = (TIME, MEMORY) if judged and name == ENGINE else (None, None)
         low, median, high = quantiles(time_overhead(results, name))
-        made.append(Record(provider=name, metric="time overhead against peft", value=median, low=low, high=high, **common))
+        made.append(Figure("time overhead against peft", median, "x", limits[0], False, low, high, name))
         if (memory := memory_overhead(results, name)) is not None:
-            made.append(Record(provider=name, metric="memory overhead against peft", value=memory, **common))
-    return made
-
-
-def _shape(text: str) -> tuple[int, int]:
-    out, width = text.split("x")
-    return int(out), int(width)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m idefics2_fast.benchmarks.dora_linear", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=_shape, action="append", metavar="OUTxIN", help=f"instead of {SHAPES}; may be given again")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each case may take")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to add to, by default results/<device>.jsonl in this package")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            made.append(Figure("memory overhead against peft", memory, "x", limits[1], False, provider=name))
+    return Figures("dora_linear", case, made)

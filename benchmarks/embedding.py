@@ -1,17 +1,14 @@
 """The first hidden states of a training step: embedding, NEFTune's noise and image features, in transformers' three steps and in one here.
 
-`python -m idefics2_fast.benchmarks.embedding` times both with and without noise, and with the table frozen or trained. A provider whose
-image rows or gradients are wrong, or whose noise leaves its bounds, gets no time.
+With and without noise, and with the table frozen or trained. A provider whose image rows or gradients are wrong, or whose noise leaves its
+bounds, gets no time.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -19,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idefics2_fast import ops
-from idefics2_fast.benchmarks.model import Case, Row
-from idefics2_fast.benchmarks.record import default_path, device_name, versions, write_records
-from idefics2_fast.benchmarks.report import ENGINE, case_table, records
-from idefics2_fast.benchmarks.timing import Call, Watch, measure
+from idefics2_fast.benchmarks.case import ENGINE, Case, Row, Scope
+from idefics2_fast.benchmarks.timing import Call, Watch
 from idefics2_fast.kernels.segments import Segments
 
 # Idefics2-8B's table, and images of 64 tokens for a quarter of the rows; fewer tokens on a CPU.
@@ -32,6 +27,11 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ALPHA = 5.0
 HF = "hf"
 CASES = [(noise, trained) for noise in (False, True) for trained in (False, True)]
+
+
+def cases(scope: Scope) -> Iterator[Case]:
+    torch.manual_seed(0)
+    yield from scope.first(embedding_case(*case, scope.device) for case in CASES)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def embedding_case(noise: bool, trained: bool, device: torch.device) -> Case:
         + ("noise, " if noise else "")
         + f"{'trained' if trained else 'frozen'} table"
     )
-    rows = tuple(Row(f"{name}, {phase}", (phase,), pass_=phase) for phase in ("forward", "backward"))
+    rows = tuple(Row(name, (phase,), pass_=phase) for phase in ("forward", "backward"))
     return Case("embedding", {name: call(chain) for name, chain in CHAINS.items()}, partial(_wrong, inputs, noise), rows)
 
 
@@ -118,30 +118,3 @@ def _wrong(inputs: Inputs, noise: bool, name: str, output: Sequence[Tensor]) -> 
         expected.insert(0, torch.zeros(VOCABULARY, WIDTH, device=y.device).index_add_(0, inputs.ids, text))
     errors = [((left - right).norm() / right.norm()).item() for left, right in zip(gradients, expected, strict=True)]
     return "" if max(errors) <= 4 * torch.finfo(y.dtype).eps else f"gradients are off by {max(errors):.1e}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where a provider was wrong."""
-    options = _parser().parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{device_name(device)}; {versions()}")
-    status = 0
-    for noise, trained in CASES:
-        torch.manual_seed(0)
-        case = embedding_case(noise, trained, device)
-        results = measure(case.calls, case.check, device=device, seconds=options.seconds, rounds=(3, 25), title=case.rows[0].name)
-        status |= any(result.wrong for result in results.values())
-        print(f"\n{case_table(case, results)}", flush=True)
-        write_records(options.out or default_path(device), records(case, results, device))
-    return int(status)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m idefics2_fast.benchmarks.embedding", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each case may take")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to add to, by default results/<device>.jsonl in this package")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from idefics2_fast import Batch, Idefics2, Processor, ops
 from idefics2_fast.adapters import adapted, save_adapters
 from idefics2_fast.batch import IGNORED
+from idefics2_fast.benchmarks.case import CPU, ENGINE, Case, Figure, Figures, Row, Scope
 from idefics2_fast.benchmarks.learn import answering
-from idefics2_fast.benchmarks.model import PROMPT, Case, Row
+from idefics2_fast.benchmarks.model import PROMPT
 from idefics2_fast.benchmarks.providers import HuggingFace, checkpoint
 from idefics2_fast.benchmarks.reading import write_reader
 from idefics2_fast.benchmarks.reading_corpus import Questions
-from idefics2_fast.benchmarks.record import Record, commit, device_name, versions
-from idefics2_fast.benchmarks.report import ENGINE, table
+from idefics2_fast.benchmarks.record import device_name
 from idefics2_fast.benchmarks.timing import Call, Watch
 from idefics2_fast.benchmarks.training_step import Step, TunedStep
 from idefics2_fast.training import Recipe, fit, instruct
@@ -48,7 +48,6 @@ from idefics2_fast.training.telemetry import METRICS
 from idefics2_fast.training.trainer import Trainer
 
 SUITE = "instruct"
-CPU = torch.device("cpu")
 TOLERANCE = 1e-4
 LORA = "LoRA"
 LOADING = "the demo's questions: data"
@@ -60,14 +59,15 @@ SIZES = {
     "small": (((756, 350),), ((425, 756), (378, 378)), (), ()),
 }
 
+Pictures = Sequence[Sequence[tuple[int, int]]]  # sizes of the images of each document
 Outcome = tuple[float, float]  # loss, norm of the gradient
 
 
-def documents(size: str) -> list[dict[str, Any]]:
-    """Rows in TRL's columns for a model of a named size: images, then three questions and answers; about 250 tokens with an image."""
+def documents(pictures: Pictures) -> list[dict[str, Any]]:
+    """A row in TRL's columns for each document: its images, then three questions and answers; about 250 tokens with an image."""
     draw = np.random.default_rng(0)
     rows = []
-    for number, sizes in enumerate(SIZES[size]):
+    for number, sizes in enumerate(pictures):
         images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
         pieces = [{"type": "image", "image": image} for image in images]
         messages = []
@@ -189,32 +189,30 @@ def their_call(step: Step, inputs: Mapping[str, Any], noise: Tensor, recipe: Rec
     return run
 
 
-def cases(size: str) -> Iterator[Case]:
-    """The suite's cases for a model of a named size."""
+def cases(scope: Scope) -> Iterator[Case | Figures]:
+    """The suite's cases for each size of model, and what the loader does."""
+    for size in scope.sizes:
+        yield from scope.first(cases_of(size, SIZES["small" if scope.quick else size]))
+    if "tiny" in scope.sizes and not scope.quick:
+        yield loader_figures()
+
+
+def cases_of(size: str, pictures: Pictures) -> Iterator[Case]:
     with ranks() as group:
-        yield step_case(size, group)
-        yield adapters_case(size, group)
+        yield step_case(size, group, pictures)
+        yield adapters_case(size, group, pictures)
 
 
-def once(call: Call) -> Call:
-    """A call for what takes half a minute: it is taken once, and other rounds count its time again."""
-    kept: list[tuple[Watch, Outcome]] = []
-
-    def run(watch: Watch) -> Outcome:
-        if not kept:
-            kept.append((watch, call(watch)))
-        elif watch is not kept[0][0]:
-            watch.seconds.update(kept[0][0].seconds)
-        return kept[0][1]
-
-    return run
+def named(size: str, pictures: Pictures) -> str:
+    smaller = "" if pictures == SIZES[size] else " that are smaller"
+    return f"{size} fp32, {len(pictures)} documents, {sum(map(len, pictures))} images{smaller}"
 
 
-def step_case(size: str, group: Ranks) -> Case:
+def step_case(size: str, group: Ranks, pictures: Pictures) -> Case:
     """The step of three providers, the adapters of this engine's loaded by PEFT."""
     from peft import PeftModel
 
-    rows = documents(size)
+    rows = documents(pictures)
     with checkpoint(size, torch.float32) as folder, tempfile.TemporaryDirectory() as adapter:
         ours = Ours(folder, group)
         ours.move_adapters()
@@ -226,21 +224,19 @@ def step_case(size: str, group: Ranks) -> Case:
     noise = noise_of(batch, ours.recipe, ours.trainer.model.config.text.hidden_size)
     theirs = {step: padded(step.plain, batch, rows), tuned: one_by_one(tuned.plain, batch, rows)}
     calls = {step.name: their_call(step, inputs, noise, ours.recipe) for step, inputs in theirs.items()}
-    if size != "tiny":
-        calls[step.name] = once(calls[step.name])
     needs, memory = {"hf": 4.0, "hf-tuned": 1.3}, {"hf": 0.4, "hf-tuned": 0.7}
-    row = Row(f"{size} fp32, 4 documents, 3 images: DoRA and NEFTune training step", ("step",), needs=needs, memory=memory, pass_="both")
+    row = Row(f"{named(size, pictures)}: DoRA and NEFTune training step", ("step",), needs=needs, memory=memory, pass_="both")
     return Case(SUITE, calls | {ENGINE: ours.call(batch)}, near_first(), (row,))
 
 
-def adapters_case(size: str, group: Ranks) -> Case:
+def adapters_case(size: str, group: Ranks, pictures: Pictures) -> Case:
     """DoRA beside LoRA of the same rank, both fresh, when they compute the same."""
     with checkpoint(size, torch.float32) as folder:
         steps = {LORA: Ours(folder, group, adapter="lora"), ENGINE: Ours(folder, group)}
-        batch = batch_of(documents(size), steps[ENGINE].recipe)
+        batch = batch_of(documents(pictures), steps[ENGINE].recipe)
     for step in steps.values():
         step.prime()
-    row = Row(f"{size} fp32, 4 documents, 3 images: DoRA beside LoRA", ("step",), needs={LORA: 1 / 1.10}, pass_="both")
+    row = Row(f"{named(size, pictures)}: DoRA beside LoRA", ("step",), needs={LORA: 1 / 1.10}, pass_="both")
     return Case(SUITE, {name: step.call(batch) for name, step in steps.items()}, near_first(loss_alone=True), (row,))
 
 
@@ -261,26 +257,7 @@ def near_first(loss_alone: bool = False) -> Callable[[str, Outcome], str]:
 # --- the loader ---
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number that must be within a limit: at least, or at most."""
-
-    name: str
-    value: float
-    unit: str
-    limit: float
-    at_least: bool = True
-
-    @property
-    def holds(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def record(self) -> Record:
-        where = {"suite": SUITE, "case": LOADING, "device": device_name(CPU), "versions": versions(), "commit": commit()}
-        return Record(provider=ENGINE, metric=self.name, unit=self.unit, value=self.value, pass_="both", **where)
-
-
-def loader_figures(steps: int = 40) -> list[Figure]:
+def loader_figures(steps: int = 40) -> Figures:
     """A run of the demo's second lesson: how full its packs are, and whether the model waits for them.
 
     The loader alone, for as many steps, says how much faster it could be. The first steps are left out, while threads and caches start.
@@ -295,21 +272,14 @@ def loader_figures(steps: int = 40) -> list[Figure]:
         loaded = seconds_of_loader(recipe, rows, steps)
     seconds = sum(step["seconds"] for step in run)
     waited = sum(step["data_wait"] * step["seconds"] for step in run)
-    return [
+    figures = [
         Figure("fill of tokens", mean(step["fill_tokens"] for step in run), "", 0.90),
         Figure("fill of patches", mean(step["fill_patches"] for step in run), "", 0.85),
         Figure("loader against model", seconds / len(run) / loaded, "x", 3.0),
         Figure("data wait", waited / seconds, "", 0.02, at_least=False),
         Figure("time to the first loss", seconds_to_first_loss(), "s", 60.0, at_least=False),
     ]
-
-
-def figures_table(figures: Sequence[Figure]) -> str:
-    lines = [["figure", "value", "required", ""]]
-    for figure in figures:
-        required = f"{'>=' if figure.at_least else '<='} {figure.limit:g}"
-        lines.append([figure.name, f"{figure.value:.3g}{figure.unit}", required, "PASS" if figure.holds else "FAIL"])
-    return f"{SUITE}: {LOADING}\n{table(lines)}"
+    return Figures(SUITE, LOADING, figures, device=device_name(CPU))
 
 
 def balanced(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> Recipe:
@@ -337,7 +307,7 @@ def seconds_to_first_loss() -> float:
     """From the command line to the first line of metrics.jsonl: the tiny model, in a process of its own."""
     with checkpoint("tiny", torch.float32) as folder:
         data, out = folder / "rows.jsonl", folder / "run"
-        data.write_text("".join(f"{json.dumps(row)}\n" for row in stored(documents("tiny") * 4, folder)))
+        data.write_text("".join(f"{json.dumps(row)}\n" for row in stored(documents(SIZES["tiny"]) * 4, folder)))
         command = [sys.executable, "-m", "idefics2_fast.training", "instruct", "--model", str(folder), "--data", str(data)]
         command += ["--out", str(out), "--steps", "1", "--warmup", "0", "--packs", "1", "--dtype", "float32"]
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONSAFEPATH": "1"}

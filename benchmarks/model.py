@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from idefics2_fast import Idefics2
-from idefics2_fast.benchmarks.providers import Chat, Engine, HuggingFace, HuggingFaceTuned, Provider, answer, load_providers, question
+from idefics2_fast.benchmarks.case import Case, LeftOut, Row, Scope
+from idefics2_fast.benchmarks.providers import (
+    Chat,
+    Engine,
+    HuggingFace,
+    HuggingFaceCompiled,
+    HuggingFaceTuned,
+    Provider,
+    answer,
+    load_providers,
+    question,
+)
 from idefics2_fast.benchmarks.timing import Call, Watch
 from idefics2_fast.kernels.linear import needs_upcast
 from idefics2_fast.layers import Linear
@@ -31,6 +41,7 @@ MIXED_SIZES = {
     0.75: ((980, 980), (980, 735), (735, 980), (980, 653), (653, 980), (980, 784), (784, 980), (551, 980)),
 }
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES = {"tiny": (torch.float32,), "small": (torch.float32, torch.bfloat16)}
 NEW_TOKENS = 65  # the first comes with the prefill
 LINEAR_LAYERS = "linear layers alone"
 PROMPT = (
@@ -46,35 +57,6 @@ def fill(sizes: Sequence[tuple[int, int]]) -> float:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of results: some phases of a case's calls.
-
-    Attributes:
-        name: of the case in the results.
-        phases: counted together.
-        steps: the time is divided by this.
-        needs: least speed of the engine against other providers.
-        memory: greatest share of their peak memory that the engine may take.
-        pass_: "forward", "backward" or "both".
-    """
-
-    name: str
-    phases: tuple[str, ...]
-    steps: int = 1
-    needs: Mapping[str, float] = field(default_factory=dict)
-    memory: Mapping[str, float] = field(default_factory=dict)
-    pass_: str = "forward"
-
-
-@dataclass(frozen=True)
-class Case:
-    suite: str
-    calls: Mapping[str, Call]
-    check: Callable[[str, Any], str]
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
 class Setting:
     """A model in some precision, held by every provider, and the reference for their outputs."""
 
@@ -83,20 +65,36 @@ class Setting:
     tuned: HuggingFaceTuned
     engine: Engine | HuggingFace
     reference: HuggingFaceTuned
+    compiled: HuggingFaceCompiled | None = None
 
     @property
     def providers(self) -> tuple[Provider, ...]:
         return self.hf, self.tuned, self.engine
 
 
-def load_setting(size: str, dtype: torch.dtype, device: torch.device) -> Setting:
+def load_setting(size: str, dtype: torch.dtype, device: torch.device, compiled: bool = False) -> Setting:
     name = f"{size} {DTYPE_NAMES[dtype]}"
     hf, tuned, engine = load_providers(size, dtype, device)
+    by_compiler = HuggingFaceCompiled(hf) if compiled else None
     if dtype == torch.float32:
-        return Setting(name, hf, tuned, engine, reference=tuned)
+        return Setting(name, hf, tuned, engine, tuned, by_compiler)
     exact = copy.deepcopy(hf)
     exact.model.float()
-    return Setting(name, hf, tuned, engine, reference=HuggingFaceTuned(exact))
+    return Setting(name, hf, tuned, engine, HuggingFaceTuned(exact), by_compiler)
+
+
+def calls_of(setting: Setting, call: Callable[[Provider], Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Every provider's call, and who is absent. What torch.compile makes is made by now: the first call takes minutes."""
+    calls = {provider.name: call(provider) for provider in setting.providers}
+    if setting.compiled is None:
+        return calls, {HuggingFaceCompiled.name: "compiling takes minutes, and is asked for in whole runs of the model's suites alone"}
+    made = call(setting.compiled)
+    try:
+        with torch.inference_mode():
+            made(Watch(setting.compiled.device))
+    except RuntimeError as error:
+        return calls, {HuggingFaceCompiled.name: f"torch.compile says: {str(error).splitlines()[0]}"}
+    return calls | {HuggingFaceCompiled.name: made}, {}
 
 
 def left_out(suite: str, setting: Setting) -> str:
@@ -107,17 +105,26 @@ def left_out(suite: str, setting: Setting) -> str:
     return ""
 
 
-def cases(suite: str, setting: Setting) -> Iterator[Case]:
-    """The cases of a suite for one model."""
+def cases(scope: Scope) -> Iterator[Case | LeftOut]:
+    """The cases of the wanted suites, model by model."""
+    for size in scope.sizes:
+        for dtype in DTYPES[size]:
+            setting = load_setting(size, dtype, scope.device, compiled=not scope.quick)
+            for suite in scope.parts:
+                if reason := left_out(suite, setting):
+                    yield LeftOut(suite, setting.name, reason)
+                else:
+                    yield from scope.first(cases_of(suite, setting, scope.quick))
+
+
+def cases_of(suite: str, setting: Setting, quick: bool = False) -> Iterator[Case]:
+    """The cases of one suite for one model."""
     if suite == "encode":
-        yield from (encode_case(setting, share) for share in MIXED_SIZES)
+        yield from (encode_case(setting, share, 4 if quick else 8) for share in MIXED_SIZES)
     elif suite == "first_token":
         yield first_token_case(setting)
     elif suite == "decode":
         yield decode_case(setting)
-
-
-SUITES = ("encode", "first_token", "decode")
 
 
 def mixed_images(share: float) -> list[Image.Image]:
@@ -125,9 +132,15 @@ def mixed_images(share: float) -> list[Image.Image]:
     return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in MIXED_SIZES[share]]
 
 
-def encode_case(setting: Setting, share: float) -> Case:
-    """Vision tower and connector, from preprocessed images."""
-    chats = [question("What is this?", [image]) for image in mixed_images(share)]
+def encode_case(setting: Setting, share: float, images: int = 8) -> Case:
+    """Vision tower and connector, from so many preprocessed images of mixed sizes."""
+    needs = {"hf": 8.0, "hf-tuned": 1.0} if share == 0.40 else {"hf-tuned": 1.0}
+    return encoding(setting, mixed_images(share)[:images], f"{images} images, fill {share:.2f}", needs)
+
+
+def encoding(setting: Setting, images: Sequence[Image.Image], name: str, needs: Mapping[str, float]) -> Case:
+    """Vision tower and connector, from images that are preprocessed."""
+    chats = [question("What is this?", [image]) for image in images]
 
     def call(provider: Provider) -> Call:
         inputs = provider.process(chats)
@@ -138,15 +151,20 @@ def encode_case(setting: Setting, share: float) -> Case:
 
         return run
 
-    needs = {"hf": 8.0, "hf-tuned": 1.0} if share == 0.40 else {"hf-tuned": 1.0}
-    row = Row(f"{setting.name}, 8 images, fill {share:.2f}", ("image encoding",), needs=needs)
+    row = Row(f"{setting.name}, {name}", ("image encoding",), needs=needs)
     check = _near(setting, lambda provider: provider.encode(provider.process(chats)))
-    return Case("encode", {provider.name: call(provider) for provider in setting.providers}, check, (row,))
+    calls, absent = calls_of(setting, call)
+    return Case("encode", calls, check, (row,), absent)
 
 
 def first_token_case(setting: Setting) -> Case:
     """Four prompts with one image each, to the logits of their first new tokens."""
     chats = [question(PROMPT[: 60 + 20 * n], [image]) for n, image in enumerate(mixed_images(0.40)[:4])]
+    return answering_first(setting, chats, "4 prompts", {"hf": 5.0})
+
+
+def answering_first(setting: Setting, chats: Sequence[Chat], name: str, needs: Mapping[str, float]) -> Case:
+    """From chats to the logits of their first new tokens, with the processing of images and without."""
 
     def call(provider: Provider) -> Call:
         def run(watch: Watch) -> Tensor:
@@ -157,13 +175,14 @@ def first_token_case(setting: Setting) -> Case:
 
         return run
 
-    name = f"{setting.name}, 4 prompts"
+    name = f"{setting.name}, {name}"
     rows = (
-        Row(f"{name}, preprocessed images", ("first token",), needs={"hf": 5.0}),
-        Row(f"{name}, image processing included", ("image processing", "first token"), needs={"hf": 5.0}),
+        Row(f"{name}, preprocessed images", ("first token",), needs=needs),
+        Row(f"{name}, image processing included", ("image processing", "first token"), needs=needs),
     )
     check = _near(setting, lambda provider: provider.first_logits(provider.process(chats)))
-    return Case("first_token", {provider.name: call(provider) for provider in setting.providers}, check, rows)
+    calls, absent = calls_of(setting, call)
+    return Case("first_token", calls, check, rows, absent)
 
 
 def decode_case(setting: Setting) -> Case:
@@ -174,11 +193,11 @@ def decode_case(setting: Setting) -> Case:
         inputs = provider.process(chats)
         return lambda watch: answer(provider, inputs, NEW_TOKENS, watch)[0]
 
-    calls = {provider.name: call(provider) for provider in setting.providers}
+    calls, absent = calls_of(setting, call)
     calls[LINEAR_LAYERS] = linear_layers(setting.engine.model, NEW_TOKENS - 1)
     needs = {LINEAR_LAYERS: 0.85} if setting.name == "small fp32" else {"hf": 1.2}
     row = Row(f"{setting.name}, 1 sequence, a token", ("decode",), steps=NEW_TOKENS - 1, needs=needs)
-    return Case("decode", calls, _likeliest(setting, chats), (row,))
+    return Case("decode", calls, _likeliest(setting, chats), (row,), absent)
 
 
 def linear_layers(model: Idefics2, tokens: int) -> Call:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from idefics2_fast.benchmarks import model
-from idefics2_fast.benchmarks.model import PROMPT, Case, Row, Setting, mixed_images
+from idefics2_fast.benchmarks.case import Case, Row, Scope
+from idefics2_fast.benchmarks.model import PROMPT, Setting, mixed_images
 from idefics2_fast.benchmarks.providers import HuggingFace, HuggingFaceTuned, Patched, Provider, answer, checkpoint, question
 from idefics2_fast.benchmarks.timing import Call, Watch
 from idefics2_fast.benchmarks.training_step import (
@@ -45,10 +46,15 @@ ALONE = {
 }
 
 
-def cases(size: str, device: torch.device) -> Iterator[Case]:
-    """The suite's cases for a model of a named size."""
+def cases(scope: Scope) -> Iterator[Case]:
+    """The suite's cases for each size of model."""
+    for size in scope.sizes:
+        yield from scope.first(cases_of(size, scope.device, 4 if scope.quick else 8))
+
+
+def cases_of(size: str, device: torch.device, images: int) -> Iterator[Case]:
     setting = load_setting(size, device)
-    yield encode_case(setting)
+    yield encode_case(setting, images)
     yield generate_case(setting)
     del setting
     yield training_case(size, device)
@@ -63,11 +69,11 @@ def load_setting(size: str, device: torch.device) -> Setting:
     return Setting(f"{size} fp32", hf, tuned, patched, reference=tuned)
 
 
-def encode_case(setting: Setting) -> Case:
-    """`get_image_features` of eight mixed images."""
-    case = model.encode_case(setting, 0.40)
+def encode_case(setting: Setting, images: int = 8) -> Case:
+    """`get_image_features` of mixed images."""
+    case = model.encode_case(setting, 0.40, images)
     (row,) = case.rows
-    return replace(case, suite=SUITE, rows=(replace(row, name=f"{row.name}: encode", needs={"hf": 6.0, "hf-tuned": 1.0}),))
+    return replace(case, suite=SUITE, absent={}, rows=(replace(row, name=f"{row.name}: encode", needs={"hf": 6.0, "hf-tuned": 1.0}),))
 
 
 def generate_case(setting: Setting) -> Case:

@@ -1,24 +1,18 @@
 """Perceiver pooling's share of the context: norms, keys and values of all layers, attention, forward and backward.
 
-`python -m idefics2_fast.benchmarks.perceiver` prints the case and then what must hold. transformers normalises the context anew in every
-layer, and multiplies each time; here one product serves all layers. A provider whose output or gradients are not transformers' gets no
-time.
+transformers normalises the context anew in every layer, and multiplies each time; here one product serves all layers. A provider whose
+output or gradients are not transformers' gets no time.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from idefics2_fast.benchmarks.model import Case, Row
-from idefics2_fast.benchmarks.record import Record, commit, default_path, device_name, versions, write_records
-from idefics2_fast.benchmarks.report import ENGINE, records, seconds, size, table
-from idefics2_fast.benchmarks.timing import Call, Measurement, Watch, measure, quantiles
+from idefics2_fast.benchmarks.case import ENGINE, Case, Row, Scope
+from idefics2_fast.benchmarks.timing import Call, Watch
 from idefics2_fast.config import PerceiverConfig
 from idefics2_fast.connector import PerceiverResampler
 from idefics2_fast.kernels.segments import Segments
@@ -27,6 +21,11 @@ HF = "hf"
 PHASES = ("forward", "backward")
 REQUIRED = 1.1
 TOLERANCE = 1e-5  # relative, in fp32
+HIDDEN, PATCHES = 4096, 2000
+
+
+def cases(scope: Scope) -> Iterator[Case]:
+    yield pool_case(1024, 1000, scope.device) if scope.quick else pool_case(HIDDEN, PATCHES, scope.device, {HF: REQUIRED})
 
 
 class Pools:
@@ -108,7 +107,7 @@ def _hf_resampler(config: PerceiverConfig, hidden: int) -> nn.Module:
     return Idefics2PerceiverResampler(theirs)
 
 
-def pool_case(hidden: int, patches: int, device: torch.device) -> Case:
+def pool_case(hidden: int, patches: int, device: torch.device, needs: Mapping[str, float] | None = None) -> Case:
     """One image's context and the latents, through transformers' layers and this engine's."""
     config = PerceiverConfig()
     pools = Pools(config, hidden, device)
@@ -135,51 +134,6 @@ def pool_case(hidden: int, patches: int, device: torch.device) -> Case:
         worst = max(((left - right).norm() / right.norm()).item() for left, right in zip(actual, expected, strict=True))
         return "" if worst <= TOLERANCE else f"off by {worst:.1e}, {TOLERANCE:.0e} is allowed"
 
-    return Case("perceiver", calls, check, (Row(f"{patches} patches, hidden {hidden}", PHASES),))
-
-
-def speedup(results: dict[str, Measurement], phases: Sequence[str]) -> list[float]:
-    """transformers' time over this engine's, round by round."""
-    rounds = zip(results[HF].seconds(phases), results[ENGINE].seconds(phases), strict=True)
-    return [theirs / ours for theirs, ours in rounds]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where a provider was wrong or the requirement does not hold."""
-    options = _parser().parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{device_name(device)}; {versions()}")
-    case = pool_case(options.hidden, options.patches, device)
-    results = measure(case.calls, case.check, device=device, seconds=options.seconds, rounds=(3, 25), title=case.rows[0].name)
-    if wrong := "; ".join(f"{name}: {result.wrong}" for name, result in results.items() if result.wrong):
-        print(wrong)
-        return 1
-    lines = [["provider", *PHASES, "both", "memory"]]
-    for name, result in results.items():
-        times = [seconds(quantiles(result.seconds(phases)).median) for phases in (PHASES[:1], PHASES[1:], PHASES)]
-        lines.append([name, *times, size(result.peak(PHASES))])
-    print(f"\nperceiver: {case.rows[0].name}\n{table(lines)}\n")
-    low, median, high = quantiles(speedup(results, PHASES))
-    print(table([["speed-up over hf", "required", "measured", ""], ["both", f"{REQUIRED}x", f"{median:.2f}x", _verdict(median)]]))
-    common = {"suite": case.suite, "case": case.rows[0].name, "pass_": "both", "device": device_name(device)}
-    common |= {"versions": versions(), "commit": commit(), "unit": "x"}
-    made = Record(provider=ENGINE, metric="speed-up over hf", value=median, low=low, high=high, **common)
-    write_records(options.out or default_path(device), [*records(case, results, device), made])
-    return int(median < REQUIRED)
-
-
-def _verdict(median: float) -> str:
-    return "pass" if median >= REQUIRED else "FAIL"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m idefics2_fast.benchmarks.perceiver", description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--patches", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long the case may take")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to add to, by default results/<device>.jsonl in this package")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    name = f"{patches} patches, hidden {hidden}"
+    both = Row(name, PHASES, needs=needs or {}, pass_="both")
+    return Case("perceiver", calls, check, (*(Row(name, (phase,), pass_=phase) for phase in PHASES), both))

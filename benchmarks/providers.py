@@ -5,6 +5,7 @@ A provider processes chats to inputs of its own kind, and works on from there. A
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,19 @@ class HuggingFaceTuned:
     def _forward(self, mask: Tensor, **inputs: Any) -> Any:
         padded = len(mask) > 1 and not bool(mask.all())
         return self.model(**inputs, attention_mask=mask if padded else None, logits_to_keep=1, use_cache=True)
+
+
+class HuggingFaceCompiled(HuggingFaceTuned):
+    """The tuned way with vision tower, connector and language model under `torch.compile`, sizes left open; the weights are shared."""
+
+    name = "hf-compiled"
+
+    def __init__(self, plain: HuggingFace) -> None:
+        super().__init__(copy.copy(plain))
+        weights = {id(tensor): tensor for tensor in (*plain.model.parameters(), *plain.model.buffers())}
+        self.model = self.plain.model = copy.deepcopy(plain.model, weights)
+        for part in (self.model.model.vision_model, self.model.model.connector, self.model.model.text_model):
+            part.compile(dynamic=True)
 
 
 class Engine:

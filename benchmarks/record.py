@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+ABSENT = "absent: "  # begins the note of what has no value because it does not take part here
+ONCE = "taken once"  # because it takes too long to be taken again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Record:
         provider: who did it.
         pass_: "forward", "backward" or "both"; `pass` in the file.
         metric, unit: such as "time" in "s".
-        value: the median; None where the provider's output was wrong, as `note` then says.
+        value: the median; None where the provider's output was wrong, or it is absent, as `note` then says.
         low, high: the 20 % and 80 % quantiles; None for a number measured once.
         device: processor or card, with the number of threads on a processor.
         versions: of python, torch, transformers and this package.
@@ -94,9 +96,9 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     os.replace(aside, path)
 
 
-def default_path(device: torch.device) -> Path:
+def default_path(device: str) -> Path:
     """Where a device's results are kept: results/<device>.jsonl."""
-    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.jsonl"
+    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
 
 
 def device_name(device: torch.device) -> str:

@@ -7,11 +7,10 @@ from itertools import zip_longest
 
 import torch
 
-from idefics2_fast.benchmarks.model import Case, Row
-from idefics2_fast.benchmarks.record import Record, commit, device_name, versions
+from idefics2_fast.benchmarks.case import ENGINE, Case, Figures, LeftOut, Row
+from idefics2_fast.benchmarks.record import ABSENT, ONCE, Record, commit, device_name, versions
 from idefics2_fast.benchmarks.timing import Measurement, quantiles
 
-ENGINE = "idefics2_fast"
 BASELINES = ("hf", "hf-tuned")
 
 
@@ -24,11 +23,14 @@ def speed_up(row: Row, results: Mapping[str, Measurement], provider: str, baseli
 
 
 def verdicts(row: Row, results: Mapping[str, Measurement]) -> dict[str, bool]:
-    """What the row requires of the engine, in words, and whether it holds. A provider without a time fails it."""
+    """What the row requires, in words, and whether it holds. A provider without a time fails it, one that is absent is not asked."""
     held = {}
-    for baseline, least in row.needs.items():
-        ratios = speed_up(row, results, ENGINE, baseline)
-        held[f">= {least:g}x {baseline}"] = ratios is not None and quantiles(ratios).median >= least
+    for pair, least in row.needs.items():
+        provider, baseline = pair if isinstance(pair, tuple) else (ENGINE, pair)
+        if not any(name in results and results[name].absent for name in (provider, baseline)):
+            ratios = speed_up(row, results, provider, baseline)
+            who = "" if provider == ENGINE else f"{provider} "
+            held[f"{who}>= {least:g}x {baseline}"] = ratios is not None and quantiles(ratios).median >= least
     for baseline, most in row.memory.items():
         own, theirs = (results[name].peak(row.phases) if name in results else None for name in (ENGINE, baseline))
         held[f"memory <= {most:g}x {baseline}"] = None not in (own, theirs) and own <= most * theirs
@@ -36,47 +38,101 @@ def verdicts(row: Row, results: Mapping[str, Measurement]) -> dict[str, bool]:
 
 
 def records(case: Case, results: Mapping[str, Measurement], device: torch.device) -> list[Record]:
-    """Time and peak memory of every provider, and the engine's speed against the others."""
-    where = {"suite": case.suite, "device": device_name(device), "versions": versions(), "commit": commit()}
+    """Time and peak memory of every provider, the engine's speed against the others, and what is derived from them."""
+    where = _where(case.suite, device_name(device))
     made = []
     for row in case.rows:
         common = {"case": row.name, "pass_": row.pass_, **where}
+        pairs = [(ENGINE, name) for name in results if name != ENGINE] + [pair for pair in row.needs if isinstance(pair, tuple)]
         for name, result in results.items():
             made += _records_of(row, name, result, common)
-            if name != ENGINE and (ratios := speed_up(row, results, ENGINE, name)):
+        for provider, baseline in dict.fromkeys(pairs):
+            if ratios := speed_up(row, results, provider, baseline):
                 low, median, high = quantiles(ratios)
-                made.append(Record(provider=ENGINE, metric=f"speed against {name}", unit="x", value=median, low=low, high=high, **common))
-    return made
+                made.append(
+                    Record(provider=provider, metric=f"speed against {baseline}", unit="x", value=median, low=low, high=high, **common)
+                )
+    return made + (records_of(figures, device) if (figures := derived(case, results)) else [])
+
+
+def derived(case: Case, results: Mapping[str, Measurement]) -> Figures | None:
+    """The case's figures; None where it has none, or a provider was wrong."""
+    return case.derived(results) if case.derived and not any(result.wrong for result in results.values()) else None
+
+
+def judged(figures: Figures | None) -> list[bool]:
+    """Of the figures that have a limit, whether they hold it."""
+    return [figure.holds for figure in figures.figures if figure.limit is not None] if figures else []
+
+
+def records_of(what: Figures | LeftOut, device: torch.device) -> list[Record]:
+    """Figures, and what is left out."""
+    if isinstance(what, LeftOut):
+        where = _where(what.suite, device_name(device))
+        return [Record(case=what.case, provider=ENGINE, metric="time", unit="s", value=None, note=ABSENT + what.reason, **where)]
+    where = _where(what.suite, what.device or device_name(device))
+    return [
+        Record(
+            case=what.case,
+            provider=figure.provider,
+            pass_=what.pass_,
+            metric=figure.name,
+            unit=figure.unit,
+            value=figure.value,
+            low=figure.low,
+            high=figure.high,
+            note=figure.note,
+            **where,
+        )
+        for figure in what.figures
+    ]
+
+
+def _where(suite: str, device: str) -> dict[str, object]:
+    return {"suite": suite, "device": device, "versions": versions(), "commit": commit()}
 
 
 def _records_of(row: Row, name: str, result: Measurement, common: Mapping[str, object]) -> list[Record]:
-    if result.wrong:
-        return [Record(provider=name, metric="time", unit="s", value=None, note=result.wrong, **common)]
+    if not result.rounds:
+        return [Record(provider=name, metric="time", unit="s", value=None, note=result.wrong or ABSENT + result.absent, **common)]
     low, median, high = (value / row.steps for value in quantiles(result.seconds(row.phases)))
-    made = [Record(provider=name, metric="time", unit="s", value=median, low=low, high=high, **common)]
+    made = [Record(provider=name, metric="time", unit="s", value=median, low=low, high=high, note=ONCE if result.once else "", **common)]
     if (peak := result.peak(row.phases)) is not None:
         made.append(Record(provider=name, metric="peak memory", unit="B", value=peak, **common))
     return made
 
 
 def case_table(case: Case, results: Mapping[str, Measurement]) -> str:
-    """The case's rows, a line for each provider."""
-    return "\n\n".join(_row_table(case.suite, row, results) for row in case.rows)
+    """The case's rows, a line for each provider, and what is derived from them."""
+    parts = [_row_table(case.suite, row, results) for row in case.rows]
+    figures = derived(case, results)
+    return "\n\n".join([*parts, *([figures_table(figures)] if figures else [])])
+
+
+def figures_table(figures: Figures) -> str:
+    lines = [["figure", "value", "required", ""]]
+    for figure in figures.figures:
+        required = "-" if figure.limit is None else f"{'>=' if figure.at_least else '<='} {figure.limit:g}"
+        verdict = "" if figure.limit is None else "PASS" if figure.holds else "FAIL"
+        name = figure.name if figure.provider == ENGINE else f"{figure.provider}: {figure.name}"
+        lines.append([name, written(figure.value, figure.unit), required, verdict])
+    return f"{figures.suite}: {figures.case}\n{table(lines)}"
 
 
 def _row_table(suite: str, row: Row, results: Mapping[str, Measurement]) -> str:
     lines = [["provider", "time", "20 to 80 %", "memory", *(f"vs {name}" for name in BASELINES)]]
     for name, result in results.items():
-        if result.wrong:
-            lines.append([name, "wrong", *["-"] * (len(lines[0]) - 2)])
+        if not result.rounds:
+            lines.append([name, "wrong" if result.wrong else "absent", *["-"] * (len(lines[0]) - 2)])
             continue
         low, median, high = (value / row.steps for value in quantiles(result.seconds(row.phases)))
         ratios = (speed_up(row, results, name, baseline) for baseline in BASELINES)
         shown = [f"{quantiles(ratio).median:.2f}x" if ratio else "-" for ratio in ratios]
         lines.append([name, seconds(median), f"{seconds(low)} to {seconds(high)}", size(result.peak(row.phases)), *shown])
     required = ", ".join(f"{need}: {'PASS' if held else 'FAIL'}" for need, held in verdicts(row, results).items())
-    notes = [f"\n  {name} has no time: {result.wrong}" for name, result in results.items() if result.wrong]
-    return f"{suite}: {row.name}\n{table(lines, widths=(19, 9, 20, 9, 8, 11))}\n  required: {required}{''.join(notes)}"
+    notes = [f"\n  {name} has no time: {result.wrong or result.absent}" for name, result in results.items() if not result.rounds]
+    title, drawn = f"{suite}: {row.name}, {row.pass_}", table(lines, widths=(19, 9, 20, 9, 8, 11))
+    return f"{title}\n{drawn}\n  required: {required or 'nothing'}{''.join(notes)}"
 
 
 def table(lines: Sequence[Sequence[str]], widths: Sequence[int] = ()) -> str:
@@ -104,4 +160,11 @@ def size(value: int | None) -> str:
     """Bytes, in the decimal unit that fits; "-" for what was not measured."""
     if value is None:
         return "-"
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+
+
+def written(value: float | None, unit: str) -> str:
+    """A figure with its unit; "-" for none."""
+    if value is None:
+        return "-"
+    return seconds(value) if unit == "s" else size(int(value)) if unit == "B" else f"{value:.3g} {unit}".rstrip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import re
 import time
@@ -118,11 +119,15 @@ class Measurement:
 
     Attributes:
         wrong: what was wrong with its output; then nothing else is known of it.
+        absent: why it does not take part here; the same.
+        once: it was taken once, and every round is that one.
         rounds: seconds of each phase, round by round.
         peaks: bytes of each phase; empty where memory cannot be measured.
     """
 
     wrong: str = ""
+    absent: str = ""
+    once: bool = False
     rounds: list[dict[str, float]] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -141,6 +146,7 @@ def measure(
     device: torch.device,
     seconds: float,
     rounds: tuple[int, int],
+    once: float = math.inf,
     title: str = "",
 ) -> dict[str, Measurement]:
     """Checks every provider, then times those that are right.
@@ -150,10 +156,14 @@ def measure(
         check: says what is wrong with a provider's output; "" where nothing is.
         seconds: how long the rounds may take in all, going by the first pass.
         rounds: the fewest and the most rounds, which hold before `seconds`.
+        once: what takes longer than so many seconds is not taken again: its first pass counts in every round.
     """
     with tqdm(total=len(calls), desc=title, leave=False, dynamic_ncols=True) as bar:
         results = {name: _first_pass(name, call, check, device, bar) for name, call in calls.items()}
-        right = [name for name, result in results.items() if not result.wrong]
+        right = []
+        for name, result in results.items():
+            result.once = not result.wrong and sum(result.rounds[0].values()) > once
+            right += [] if result.wrong or result.once else [name]
         pass_seconds = sum(sum(results[name].rounds.pop().values()) for name in right)
         least, most = rounds
         turns = min(most, max(least, int(seconds / max(pass_seconds, 1e-9))))
@@ -165,6 +175,8 @@ def measure(
                 _run(calls[name], watch)
                 results[name].rounds.append(dict(watch.seconds))
                 bar.update()
+    for result in results.values():
+        result.rounds *= turns if result.once else 1
     return results
 
 

@@ -61,6 +61,7 @@ EXAMPLES = {
     "bench": f"""
   {PROGRAM} bench --quick
   {PROGRAM} bench decode --model small
+  {PROGRAM} bench --compare old.jsonl new.jsonl
   python -m idefics2_fast.benchmarks --help""",
     "doctor": f"""
   {PROGRAM} doctor""",
@@ -123,7 +124,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("convert", "Write a checkpoint in another dtype, or in shards of another size.", _add_convert, _convert),
         ("train", "Train by a recipe; arguments other than --debug are its own.", None, _train),
         ("plan", "Show the memory, FLOPs and time of a recipe; arguments other than --debug are its own.", None, _plan),
-        ("bench", "Run the benchmarks beside transformers; arguments other than these go to them.", None, _bench),
+        ("bench", "Run the benchmarks beside transformers and others; arguments other than these go to them.", None, _bench),
         ("doctor", "Check the Triton kernels on this machine's CUDA device, each against its formula.", None, _doctor),
     ):
         command = commands.add_parser(name, help=summary, description=summary, add_help=run not in (_train, _plan), **_style(name))

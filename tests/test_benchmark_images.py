@@ -10,8 +10,9 @@ from support.hf_images import hf_patches
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
 from idefics2_fast.benchmarks import images, rivals
-from idefics2_fast.benchmarks.images import FLOOR, HF, TORCHVISION, Need, Row, Suite
+from idefics2_fast.benchmarks.images import FLOOR, HF, TORCHVISION, TWO_THREADS, Suite
 from idefics2_fast.benchmarks.memory_floor import memory_floor
+from idefics2_fast.benchmarks.report import verdicts
 from idefics2_fast.benchmarks.rivals import Rival, packed
 from idefics2_fast.benchmarks.timing import Measurement, Watch
 
@@ -78,15 +79,16 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
 
 
 def test_every_provider_is_right_in_every_case(suite: Suite) -> None:
-    for case, needs in suite.cases():
+    for case in suite.cases():
         for name, call in case.calls.items():
             with torch.inference_mode():
                 assert case.check(name, call(Watch(torch.device("cpu")))) == "", f"{case.rows[0].name}, {name}"
-        assert {need.provider for need in needs} <= set(case.calls)
+        assert {pair[0] for pair in case.rows[0].needs if isinstance(pair, tuple)} <= set(case.calls)
+        assert (case.device, case.threads) == (torch.device("cpu"), 1)
 
 
 def test_wrong_patches_are_seen(suite: Suite) -> None:
-    case, _ = next(suite.cases())
+    case = next(suite.cases())
     right = case.calls[images.ENGINE](Watch(torch.device("cpu")))
     off = right.clone()
     off[7, 7] += 1 / 127.5
@@ -98,12 +100,17 @@ def test_wrong_patches_are_seen(suite: Suite) -> None:
     assert "off by 4.0 levels" in case.check(TORCHVISION, off.numpy)
 
 
-def test_the_floor_is_not_to_be_passed_by_far_and_others_are_to_be_beaten() -> None:
-    row = Row("case", images.WORK)
-    results = {name: Measurement(rounds=[{"work": seconds}]) for name, seconds in ((images.ENGINE, 2.0), (FLOOR, 1.0), (HF, 8.0))}
-    over_floor, against_hf = Need("", images.ENGINE, FLOOR, 2.5, 1.4), Need("", images.ENGINE, HF, 5, 6)
-    assert (over_floor.ratio(row, results), against_hf.ratio(row, results)) == (2.0, 4.0)
-    assert over_floor.holds(2.0)
-    assert not over_floor.holds(3.0)
-    assert not against_hf.holds(4.0)
-    assert Need("", images.ENGINE, TORCHVISION, 8, 13).ratio(row, results) is None
+def test_the_floor_is_not_to_be_passed_by_far_and_others_are_to_be_beaten(suite: Suite) -> None:
+    (row,) = images.pack_case(suite, [images.PHOTO], split=False).rows
+    taken = {images.ENGINE: 2.0, FLOOR: 1.0, HF: 50.0, images.AVX2: 5.0, TWO_THREADS: 1.5}
+    results = {name: Measurement(rounds=[{"work": seconds}]) for name, seconds in taken.items()}
+    results[TORCHVISION] = Measurement(absent="not here")
+    expected = {">= 20x hf": True, "avx2 >= 5x hf": True, ">= 0.4x memory floor": True, "2 threads >= 1.5x idefics2_fast": False}
+    assert verdicts(row, results) == expected
+    assert not verdicts(row, results | {FLOOR: Measurement(rounds=[{"work": 0.7}])})[">= 0.4x memory floor"]
+
+
+def test_rivals_that_are_missing_are_named(suite: Suite) -> None:
+    case = images.resize_case(suite, images.PHOTO)
+    assert set(case.absent) == {images.PILLOW_SIMD, images.OPENCV}
+    assert "make rivals" in case.absent[images.OPENCV]

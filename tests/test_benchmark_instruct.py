@@ -8,8 +8,8 @@ from PIL import Image
 
 from idefics2_fast.benchmarks import __main__ as command
 from idefics2_fast.benchmarks import instruct
-from idefics2_fast.benchmarks.instruct import Figure, figures_table, near_first, once, stored
-from idefics2_fast.benchmarks.model import Case, Row
+from idefics2_fast.benchmarks.case import Case, Figure, Figures, Row
+from idefics2_fast.benchmarks.instruct import near_first, stored
 from idefics2_fast.benchmarks.record import read_records
 from idefics2_fast.benchmarks.timing import PeakMemory, Watch
 from idefics2_fast.training.parallel import ranks
@@ -26,7 +26,7 @@ def small_pictures(monkeypatch):
 
 def test_all_steps_have_the_same_loss_and_gradient(small_pictures):
     with ranks() as group:
-        case = instruct.step_case("tiny", group)
+        case = instruct.step_case("tiny", group, instruct.SIZES["tiny"])
         given = {name: call(Watch(CPU)) for name, call in case.calls.items()}
         assert list(given) == ["hf", "hf-tuned", "idefics2_fast"]
         assert {name: case.check(name, outcome) for name, outcome in given.items()} == dict.fromkeys(given, "")
@@ -37,7 +37,7 @@ def test_all_steps_have_the_same_loss_and_gradient(small_pictures):
 
 def test_fresh_adapters_of_both_kinds_give_one_loss(small_pictures):
     with ranks() as group:
-        case = instruct.adapters_case("tiny", group)
+        case = instruct.adapters_case("tiny", group, instruct.SIZES["tiny"])
         given = {name: call(Watch(CPU)) for name, call in case.calls.items()}
     assert list(given) == ["LoRA", "idefics2_fast"]
     assert {name: case.check(name, outcome) for name, outcome in given.items()} == dict.fromkeys(given, "")
@@ -53,22 +53,8 @@ def test_another_loss_or_gradient_is_seen():
     assert "the loss is nan" in check("off", (float("nan"), 2.0))
 
 
-def test_what_is_taken_once_counts_again():
-    calls = []
-
-    def call(watch):
-        calls.append(watch)
-        watch.seconds["step"] += 3.0
-        return 1.0, 2.0
-
-    taken, first, second = once(call), Watch(CPU), Watch(CPU)
-    assert taken(first) == taken(second) == (1.0, 2.0)
-    assert len(calls) == 1
-    assert first.seconds["step"] == second.seconds["step"] == 3.0
-
-
 def test_stored_rows_are_the_same_samples(tmp_path):
-    (row, *_) = rows = instruct.documents("small")
+    (row, *_) = rows = instruct.documents(instruct.SIZES["small"])
     lines = [json.loads(json.dumps(line)) for line in stored(rows, tmp_path)]
     sample = read_row(lines[0], "0", tmp_path)
     assert sample.turns == read_row(row, "0").turns
@@ -77,21 +63,13 @@ def test_stored_rows_are_the_same_samples(tmp_path):
     assert isinstance(row["messages"][0]["content"][0]["image"], Image.Image)
 
 
-def test_figures_hold_within_their_limits():
-    figures = [Figure("fill", 0.95, "", 0.9), Figure("wait", 0.03, "", 0.02, at_least=False)]
-    assert [figure.holds for figure in figures] == [True, False]
-    printed = figures_table(figures)
-    assert ">= 0.9  PASS" in printed
-    assert "<= 0.02  FAIL" in printed
-
-
 def test_the_command_runs_the_suite(monkeypatch, tmp_path):
-    def cases(size):
+    def cases_of(size, pictures):
         call = lambda watch: watch.start("x")  # noqa: E731
         yield Case("instruct", {"hf": call, "idefics2_fast": call}, lambda name, output: "", (Row(f"{size} step", ("x",)),))
 
     monkeypatch.setattr(PeakMemory, "available", lambda device: False)
-    monkeypatch.setattr(instruct, "cases", cases)
-    monkeypatch.setattr(instruct, "loader_figures", lambda: [Figure("fill", 0.95, "", 0.9)])
+    monkeypatch.setattr(instruct, "cases_of", cases_of)
+    monkeypatch.setattr(instruct, "loader_figures", lambda: Figures("instruct", instruct.LOADING, [Figure("fill", 0.95, "", 0.9)]))
     assert command.main(["instruct", "--out", str(tmp_path / "out.jsonl")]) == 0
     assert {record.case for record in read_records(tmp_path / "out.jsonl")} == {"tiny step", "small step", instruct.LOADING}

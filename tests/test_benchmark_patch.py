@@ -12,7 +12,7 @@ from torch import nn
 import idefics2_fast
 from idefics2_fast.benchmarks import __main__ as command
 from idefics2_fast.benchmarks import model, patch, training_step
-from idefics2_fast.benchmarks.model import Case, Row
+from idefics2_fast.benchmarks.case import Case, Row
 from idefics2_fast.benchmarks.patch import ALONE, OFF, error, near_first, same_tokens
 from idefics2_fast.benchmarks.providers import HuggingFace, checkpoint
 from idefics2_fast.benchmarks.record import read_records
@@ -220,22 +220,13 @@ def test_errors_are_relative_to_the_largest_value():
 
 
 def test_the_command_runs_the_suite(monkeypatch, tmp_path):
-    def cases(size, device):
+    def cases_of(size, device, images):
         for name in ("first", "second"):
             call = lambda watch: watch.start("x")  # noqa: E731
             yield Case("patch", {"hf": call, "idefics2_fast": call}, lambda name, output: "", (Row(f"{size} {name}", ("x",)),))
 
     monkeypatch.setattr(PeakMemory, "available", lambda device: False)
-    monkeypatch.setattr(command.patch, "cases", cases)
-    monkeypatch.setattr(command, "load_setting", lambda *_: pytest.fail("the patch suite loads its own"))
+    monkeypatch.setattr(patch, "cases_of", cases_of)
     assert command.main(["patch", "--out", str(tmp_path / "out.jsonl")]) == 0
     measured = {record.case for record in read_records(tmp_path / "out.jsonl")}
     assert measured == {"tiny first", "tiny second", "small first", "small second"}
-
-
-@pytest.mark.parametrize("suite", command.COMMANDS)
-def test_suites_with_options_of_their_own_are_reached(suite, capsys):
-    with pytest.raises(SystemExit) as end:
-        command.main([suite, "--help"])
-    assert end.value.code == 0
-    assert suite in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The harness itself: what it records, whom it lets have a time, how it takes turns, and that the demo tells right from wrong."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from idefics2_fast import ops
 from idefics2_fast.benchmarks import __main__ as command
-from idefics2_fast.benchmarks import demo, model, report, timing
-from idefics2_fast.benchmarks.model import LINEAR_LAYERS, MIXED_SIZES, Case, Row, fill
+from idefics2_fast.benchmarks import compare, demo, linear_cross_entropy, model, report, timing
+from idefics2_fast.benchmarks.case import Case, Figure, Figures, LeftOut, Row, Scope
+from idefics2_fast.benchmarks.model import LINEAR_LAYERS, MIXED_SIZES, fill
 from idefics2_fast.benchmarks.providers import answer, question
 from idefics2_fast.benchmarks.record import Record, read_records, write_records
 from idefics2_fast.benchmarks.timing import Measurement, PeakMemory, Watch, measure, quantiles
@@ -122,6 +125,25 @@ def test_a_wrong_provider_gets_no_time(no_memory):
     assert order == [*"abc", *"ac", *"ac"]
     assert results["b"] == Measurement(wrong="wrong as can be")
     assert [len(results[name].rounds) for name in "ac"] == [2, 2]
+
+
+def test_what_takes_long_is_taken_once_and_counts_in_every_round(no_memory, monkeypatch):
+    order = []
+
+    def call(name, seconds):
+        def run(watch):
+            order.append(name)
+            watch.seconds["work"] += seconds
+
+        return run
+
+    calls = {"slow": call("slow", 5.0), "fast": call("fast", 1.0)}
+    results = measure(calls, lambda name, output: "", device=CPU, seconds=0.0, rounds=(3, 3), once=4.0)
+    assert order == ["slow", "fast", "fast", "fast", "fast"]
+    assert [result.seconds(["work"]) for result in results.values()] == [[5.0] * 3, [1.0] * 3]
+    assert [result.once for result in results.values()] == [True, False]
+    case = Case("suite", calls, None, (Row("a", ("work",)),))
+    assert {r.provider: r.note for r in report.records(case, results, CPU)} == {"slow": "taken once", "fast": ""}
 
 
 needs_proc = pytest.mark.skipif(not PeakMemory.available(CPU), reason="this system does not reset a process's peak memory")
@@ -293,20 +315,21 @@ def test_the_bound_of_decoding_is_every_product_of_the_language_model(setting, m
 
 @pytest.fixture
 def two_cases(monkeypatch, no_memory):
-    """Stands in for the suites: quick to run, the second case ended by Ctrl-C or with a wrong provider where a test asks for it."""
+    """Stands in for the model's suites: quick to run, the second case ended by Ctrl-C or with a wrong provider where a test asks for it."""
     ending = {"second": lambda watch: watch.start("x")}
 
-    def cases(suite, setting):
+    def of_suite(suite):
         for name in ("first", "second"):
             call = ending["second"] if name == "second" else lambda watch: watch.start("x")
-            check = lambda name, output: output or ""  # noqa: E731
-            yield Case(
-                suite, {"hf": call, "idefics2_fast": lambda watch: watch.start("x")}, check, (Row(name, ("x",), needs={"hf": 1e-9}),)
-            )
+            calls = {"hf": call, "idefics2_fast": lambda watch: watch.start("x")}
+            rows = (Row(name, ("x",), needs={"hf": 1e-9}),)
+            yield Case(suite, calls, lambda name, output: output or "", rows, absent={"liger": "it is elsewhere"})
 
-    monkeypatch.setattr(command, "cases", cases)
-    monkeypatch.setattr(command, "left_out", lambda suite, setting: "it is odd" if suite == "decode" else "")
-    monkeypatch.setattr(command, "load_setting", lambda name, dtype, device: SimpleNamespace(name=name))
+    def cases(scope):
+        for suite in scope.parts:
+            yield from [LeftOut(suite, "tiny", "it is odd")] if suite == "decode" else scope.first(of_suite(suite))
+
+    monkeypatch.setattr(model, "cases", cases)
     return ending
 
 
@@ -315,14 +338,14 @@ def test_results_are_printed_and_kept(two_cases, tmp_path, capsys):
     assert {(record.suite, record.case) for record in read_records(tmp_path / "out.jsonl")} == {("encode", "first"), ("encode", "second")}
     printed = capsys.readouterr().out
     assert ">= 1e-09x hf: PASS" in printed
-    assert "2 of 2 required speeds hold" in printed
+    assert "2 of 2 requirements hold" in printed
 
 
 def test_a_quick_run_takes_first_cases_and_keeps_nothing_unasked(two_cases, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "default_path", lambda device: tmp_path / "default.jsonl")
     command.main(["encode", "--quick"])
     assert not (tmp_path / "default.jsonl").exists()
-    assert "1 of 1 required" in capsys.readouterr().out
+    assert "1 of 1 requirements" in capsys.readouterr().out
     command.main(["encode", "--model", "tiny"])
     assert len({record.case for record in read_records(tmp_path / "default.jsonl")}) == 2
 
@@ -334,29 +357,198 @@ def test_ctrl_c_keeps_what_was_measured(two_cases, tmp_path, capsys):
     two_cases["second"] = interrupt
     assert command.main(["encode", "--model", "tiny", "--out", str(tmp_path / "out.jsonl")]) == 130
     assert {record.case for record in read_records(tmp_path / "out.jsonl")} == {"first"}
-    assert "1 of 1 required speeds hold" in capsys.readouterr().out
+    assert "1 of 1 requirements hold" in capsys.readouterr().out
 
 
-def test_a_wrong_provider_is_reported_and_sets_the_exit_code(two_cases, tmp_path, capsys):
+@pytest.mark.parametrize(("engine", "code"), [(False, 0), (True, 1)])
+def test_this_engine_wrong_sets_the_exit_code(two_cases, tmp_path, monkeypatch, engine, code):
+    wrong = Case("encode", {"idefics2_fast" if engine else "hf": lambda watch: None}, lambda name, output: "off by 1", (Row("a", ("x",)),))
+    monkeypatch.setattr(model, "cases", lambda scope: iter([wrong]))
+    assert command.main(["encode", "--out", str(tmp_path / "out.jsonl")]) == code
+
+
+def test_a_wrong_provider_is_reported(two_cases, tmp_path, capsys):
     two_cases["second"] = lambda watch: "off by 1"
-    assert command.main(["encode", "--model", "tiny", "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert command.main(["encode", "--model", "tiny", "--out", str(tmp_path / "out.jsonl")]) == 0
     assert [record.value for record in read_records(tmp_path / "out.jsonl") if record.case == "second" and record.provider == "hf"] == [
         None
     ]
-    assert "1 of 2 required speeds hold" in capsys.readouterr().out
+    assert "1 of 2 requirements hold" in capsys.readouterr().out
 
 
 def test_what_is_left_out_is_said(two_cases, capsys):
     command.main(["decode", "--quick"])
     printed = capsys.readouterr().out
     assert "decode: tiny is left out: it is odd" in printed
-    assert "0 of 0 required" in printed
+    assert "0 of 0 requirements" in printed
 
 
 def test_an_unknown_suite_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["enocde"])
-    assert "no suite 'enocde': expected encode, first_token, decode" in capsys.readouterr().err
+    assert "no suite 'enocde': expected kernels, model, images, dora_linear" in capsys.readouterr().err
+
+
+def test_who_is_absent_has_a_row_that_says_so(two_cases, tmp_path, capsys):
+    assert command.main(["encode", "--model", "tiny", "--out", str(tmp_path / "out.jsonl")]) == 0
+    (record,) = [r for r in read_records(tmp_path / "out.jsonl") if r.provider == "liger" and r.case == "first"]
+    assert (record.metric, record.value, record.note) == ("time", None, "absent: it is elsewhere")
+    assert "liger has no time: it is elsewhere" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_kept_with_its_reason(two_cases, tmp_path):
+    command.main(["decode", "--out", str(tmp_path / "out.jsonl")])
+    (record,) = read_records(tmp_path / "out.jsonl")
+    assert (record.suite, record.case, record.value, record.note) == ("decode", "tiny", None, "absent: it is odd")
+
+
+def test_an_absent_baseline_is_no_failure():
+    results = {"idefics2_fast": Measurement(rounds=[{"x": 1.0}]), "hf": Measurement(absent="gone"), "old": Measurement(wrong="off")}
+    assert report.verdicts(Row("a", ("x",), needs={"hf": 2, ("hf", "old"): 1, "old": 1}), results) == {">= 1x old": False}
+
+
+def test_groups_are_suites_and_every_suite_has_its_cases():
+    for name, parts in command.GROUPS.items():
+        assert set(parts) <= set(command.SUITES), name
+    for home in set(command.SUITES.values()):
+        if home != "sm90.suite" or importlib.util.find_spec("triton"):
+            assert callable(importlib.import_module(f"idefics2_fast.benchmarks.{home}").cases)
+
+
+def test_a_suite_whose_packages_are_missing_is_left_out(monkeypatch, tmp_path):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'grain'", name="grain")
+
+    monkeypatch.setattr(command.importlib, "import_module", missing)
+    assert command.main(["instruct", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [(r.suite, r.note) for r in read_records(tmp_path / "out.jsonl")] == [("instruct", "absent: grain is not installed")]
+
+
+def test_results_go_to_the_file_of_the_device_that_they_were_taken_on(monkeypatch, no_memory, tmp_path):
+    def cases(scope):
+        call = {"idefics2_fast": lambda watch: watch.start("x")}
+        yield Case("encode", call, lambda name, output: "", (Row("all threads", ("x",)),))
+        yield Case("encode", call, lambda name, output: "", (Row("alone", ("x",)),), device=CPU, threads=3)
+        yield Figures("encode", "paper", [Figure("floor", 1.0, "s")], device="a card")
+
+    monkeypatch.setattr(model, "cases", cases)
+    monkeypatch.setattr(command, "default_path", lambda device: tmp_path / f"{device}.jsonl")
+    before = torch.get_num_threads()
+    command.main(["encode"])
+    kept = {path.name: [record.case for record in read_records(path)] for path in tmp_path.iterdir()}
+    assert kept.pop("a card.jsonl") == ["paper"]
+    assert [name.endswith(", 3 threads.jsonl") for name, cases in kept.items() if cases == ["alone"]] == [True]
+    assert torch.get_num_threads() == before
+
+
+def test_figures_are_held_to_their_limits(capsys, monkeypatch, tmp_path):
+    figures = [Figure("fill", 0.95, "", 0.9), Figure("wait", 0.03, "", 0.02, at_least=False), Figure("seen", 2.0, "s")]
+    monkeypatch.setattr(model, "cases", lambda scope: iter([Figures("encode", "data", figures)]))
+    command.main(["encode", "--out", str(tmp_path / "out.jsonl")])
+    printed = capsys.readouterr().out
+    assert ">= 0.9  PASS" in printed
+    assert "<= 0.02  FAIL" in printed
+    assert "1 of 2 requirements hold" in printed
+
+
+def test_a_quick_run_asks_for_the_first_case_of_one_size():
+    assert Scope(quick=True).sizes == ("tiny",)
+    assert Scope(quick=True, model="small").sizes == ("small",)
+    assert Scope().sizes == ("tiny", "small")
+    assert list(Scope(quick=True).first("abc")) == ["a"]
+    assert list(Scope().first("abc")) == ["a", "b", "c"]
+
+
+# --- a file of results against another ---
+
+TIME = replace(RECORD, provider="idefics2_fast", value=1.0)
+SPEED = replace(TIME, metric="speed against hf", unit="x", value=2.0)
+
+
+def compared(tmp_path, old, new, *options):
+    for name, records in (("old", old), ("new", new)):
+        (tmp_path / name).unlink(missing_ok=True)
+        write_records(tmp_path / name, records)
+    return command.main(["--compare", str(tmp_path / "old"), str(tmp_path / "new"), *options])
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({}, 0),
+        ({"value": 1.09}, 0),
+        ({"value": 1.11}, 1),
+        ({"value": 0.5}, 0),
+        ({"value": None, "note": "off by 1"}, 1),
+        ({"value": None, "note": "absent: gone"}, 1),
+        ({"device": "another"}, 1),  # nothing in common
+    ],
+)
+def test_a_time_that_grew_is_a_regression(tmp_path, change, code):
+    assert compared(tmp_path, [TIME], [replace(TIME, **change)]) == code
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [({"value": 1.85}, 0), ({"value": 1.8}, 1), ({"value": 9.0}, 0), ({"value": 1.8, "device": "another"}, 1)]
+)
+def test_a_ratio_that_fell_is_a_regression_on_any_device(tmp_path, change, code):
+    assert compared(tmp_path, [SPEED], [replace(SPEED, **change)]) == code
+
+
+def test_an_overhead_is_better_when_it_is_small(tmp_path):
+    overhead = replace(SPEED, metric="time overhead against peft", value=0.2)
+    assert compared(tmp_path, [overhead], [replace(overhead, value=0.1)]) == 0
+    assert compared(tmp_path, [overhead], [replace(overhead, value=0.23)]) == 1
+
+
+def test_the_threshold_is_given_and_the_regression_named(tmp_path, capsys):
+    assert compared(tmp_path, [TIME], [replace(TIME, value=1.11)], "--threshold", "0.2") == 0
+    assert compared(tmp_path, [TIME], [replace(TIME, value=1.5)], "--threshold", "0.2") == 1
+    printed = capsys.readouterr().out
+    assert "encode: tiny fp32" in printed
+    assert "50%" in printed
+
+
+def loss_results(path):
+    case = linear_cross_entropy.loss_case("frozen", CPU)
+    calls = {name: case.calls[name] for name in ("torch", "idefics2_fast")}
+    results = measure(calls, case.check, device=CPU, seconds=0, rounds=(3, 3))
+    write_records(path, report.records(replace(case, calls=calls), results, CPU))
+    return results
+
+
+def test_a_slowed_kernel_is_flagged(tmp_path, monkeypatch, no_memory):
+    """The loss with the work of its answer rows done three times over."""
+    monkeypatch.setattr(linear_cross_entropy, "TOKENS", 256)
+    monkeypatch.setattr(linear_cross_entropy, "ACCURACY", 1e-4)  # of so few rows
+    loss_results(tmp_path / "old")
+    plain = ops.linear_cross_entropy
+
+    def slowed(*args, **kwargs):
+        for _ in range(3):
+            out = plain(*args, **kwargs)
+        return out
+
+    monkeypatch.setattr(ops, "linear_cross_entropy", slowed)
+    loss_results(tmp_path / "new")
+    worse = [line[1:3] for line in compare.regressions(read_records(tmp_path / "old"), read_records(tmp_path / "new"), 0.3)]
+    assert ["idefics2_fast", "speed against torch"] in worse
+
+
+def test_a_wrong_kernel_gets_no_time_and_is_flagged(tmp_path, monkeypatch, no_memory):
+    monkeypatch.setattr(linear_cross_entropy, "TOKENS", 256)
+    monkeypatch.setattr(linear_cross_entropy, "ACCURACY", 1e-4)
+    loss_results(tmp_path / "old")
+    monkeypatch.setitem(linear_cross_entropy.LOSSES, "idefics2_fast", lambda *args: 1.01 * linear_cross_entropy.engine_loss(*args))
+    results = loss_results(tmp_path / "new")
+    assert results["idefics2_fast"].rounds == []
+    assert "off by 1.0e-02" in results["idefics2_fast"].wrong
+    (line,) = [
+        line
+        for line in compare.regressions(read_records(tmp_path / "old"), read_records(tmp_path / "new"), 10.0)
+        if line[1] == "idefics2_fast"
+    ]
+    assert "off by" in line[-1]
 
 
 # --- the demo ---

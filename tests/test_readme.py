@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from idefics2_fast import Idefics2Config
+from idefics2_fast.benchmarks import instruct, readme
 from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
 
 README = Path(__file__).parent.parent / "README.md"
@@ -43,3 +45,65 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("command", ["make demo", "make test"])
 def test_the_two_commands_are_there(command):
     assert command in README.read_text()
+
+
+# --- figures ---
+
+NUMBER = re.compile(r"(?<![\w.-])\d+(?:[.,]\d+)*(?:e-?\d+)?")
+
+
+def measured_section(text):
+    return text.partition("## What is measured\n")[2].partition("\n## ")[0]
+
+
+def unfounded(text, said, cases):
+    """Numbers that come neither from a record nor from what the records say was measured: cases and model sizes."""
+    for figure in sorted(said, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.]){re.escape(figure)}(?!\w)", " ", text)
+    known = set(NUMBER.findall(" ".join(cases)))
+    return [number for number in NUMBER.findall(text) if number not in known]
+
+
+def named(committed):
+    """What was measured, in words; and what is no figure: the processor's name, bits of weights, a tolerance, limits of images."""
+    facts = ["Zen 3, weights of 16 and 22 bits, 8.4 billion parameters, within 1e-4, up to 980 and 756 pixels"]
+    assert instruct.TOLERANCE == 1e-4
+    assert [max(max(size) for sizes in instruct.SIZES[name] for size in sizes) for name in ("tiny", "small")] == [980, 756]
+    return [*(record.case for record in committed), *facts]
+
+
+def test_the_figures_are_those_of_the_committed_results():
+    text = README.read_text()
+    generated, _ = readme.section(readme.committed())
+    assert readme.written(text, generated) == text, "run python -m idefics2_fast.benchmarks --readme"
+
+
+def test_every_figure_is_found_in_the_results():
+    committed = readme.committed()
+    text = measured_section(README.read_text())
+    _, figures = readme.section(committed)
+    assert len(figures.said) > 100
+    assert unfounded(text, figures.said, named(committed)) == []
+    for invented in ("in 27 s", "17.3 GB", "1.86 x"):
+        assert unfounded(f"{text} {invented}", figures.said, named(committed))
+
+
+def test_a_changed_result_changes_the_figures(tmp_path):
+    committed = readme.committed()
+    before, _ = readme.section(committed)
+    changed = [replace(r, value=2 * r.value) if r.value and r.metric == "time" and r.suite == "encode" else r for r in committed]
+    after, _ = readme.section(changed)
+    assert after != before
+    assert "7.94 s" in after
+
+
+def test_what_was_not_measured_is_left_out_and_named():
+    committed = [r for r in readme.committed() if "fill 0.75" not in r.case]
+    text, figures = readme.section(committed)
+    assert "fill 0.75" not in text
+    assert any("fill 0.75" in missing for missing in figures.missing)
+
+
+def test_a_readme_without_marks_is_refused():
+    with pytest.raises(ValueError, match="no marks"):
+        readme.written("nothing", "figures")

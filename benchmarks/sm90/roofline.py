@@ -155,7 +155,9 @@ Nothing on this page was measured on a GPU. Floors follow from shapes, predictio
 
 ## Floors, predictions, goals
 
-Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {latency:.1f} us from a request to its data, {clock:.3f} GHz; a launch outside of a CUDA graph costs about
+Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {latency:.1f} us from a request to its data, \
+{clock:.3f} GHz; a launch outside \
+of a CUDA graph costs about
 {launch:.1f} us, which is in no number here. FLOPs and bytes are the least that the op must do. Times in microseconds.
 
 | op | GFLOP | MB | floor | predicted, unmeasured | goal |
@@ -174,16 +176,20 @@ Every kernel at every shipped config, compiled for sm_90. Products and loads cou
 """
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Prints docs/performance.md; `--write` writes it."""
-    wanted = {kernel for line in LINES for kernel in line.kernels}
-    rates = {}
-    for kernel in wanted:
+def rates(lines: Sequence[Line]) -> dict[str, float]:
+    """FLOP/s of the lines' kernels, compiled here, by their key in the table of resources."""
+    found = {}
+    for kernel in {kernel for line in lines for kernel in line.kernels}:
         op, shape_class, case, name = kernel.split("/")
         launch = next(launch for launch in resources.launches_of(op, shape_class, case) if launch.name == name)
-        rates[kernel] = pipes.rate(resources.compile(launch))
+        found[kernel] = pipes.rate(resources.compile(launch))
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints docs/performance.md; `--write` writes it."""
     _, rows = resources.recorded_table()
-    text = page(rows, rates, pipes.report())
+    text = page(rows, rates(LINES), pipes.report())
     print(text)
     if "--write" in arguments:
         PAGE.write_text(text)

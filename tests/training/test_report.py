@@ -6,46 +6,19 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
+from support.browser import CHROMIUM, Page, drawn
 
-from idefics2_fast.training import report
+from idefics2_fast.training import page, report
 from idefics2_fast.training.recipe import instruct
 from idefics2_fast.training.report import Answer, write_report
 from idefics2_fast.training.sources import Rejection
 
 RECIPE = instruct("a <model>", "data.jsonl", "out", rank=8)
-VOID = {"meta", "img"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-class Page(HTMLParser):
-    """Collects what a page holds; fails on tags that do not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open, self.tags, self.places = [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.places += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def write_metrics(folder: Path, steps: int) -> None:
@@ -105,7 +78,7 @@ def test_curves_are_where_the_numbers_are(tmp_path):
     lines = {label.text: float(line.get("y1")) for line, label in zip(loss.iter("line"), loss.findall("text[@class='y']"), strict=True)}
     (top, y_top), (low, y_low) = max((float(k), v) for k, v in lines.items()), min((float(k), v) for k, v in lines.items())
     for step, (x, y) in enumerate(points, 1):
-        assert x == pytest.approx(report.LEFT + (report.WIDTH - report.LEFT - report.RIGHT) * (step - 1) / 49, abs=0.1)
+        assert x == pytest.approx(page.LEFT + (page.WIDTH - page.LEFT - page.RIGHT) * (step - 1) / 49, abs=0.1)
         assert y_low + (4 - 3 * step / 50 - low) / (top - low) * (y_top - y_low) == pytest.approx(y, abs=0.1)
 
 
@@ -124,25 +97,20 @@ def test_long_runs_are_averaged_and_short_ones_are_points(tmp_path):
 @pytest.mark.parametrize(("scheme", "back", "line"), [(1, (251, 251, 250), (37, 99, 201)), (0, (22, 24, 26), (122, 167, 240))], ids=str)
 def test_a_browser_draws_the_page_in_both_schemes_and_has_nothing_to_say(tmp_path, scheme, back, line):
     write_metrics(tmp_path, 50)
-    page, shot = write_report(tmp_path, RECIPE, [Answer("q", "yes", "no", (jpeg(),))]), tmp_path / "shot.png"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--window-size=1200,1400"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}"]
-    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr
-    colours = {colour: count for count, colour in Image.open(shot).convert("RGB").getcolors(1 << 24)}
+    colours = drawn(write_report(tmp_path, RECIPE, [Answer("q", "yes", "no", (jpeg(),))]), scheme, tmp_path)
     assert max(colours, key=colours.get) == back
     assert colours[line] > 500  # the curves
 
 
 def test_figures_are_short() -> None:
     shown = {0.0: "0", 5e-5: "5e-5", 1e-4: "1e-4", 1.234e-4: "1.234e-4", 0.00125: "0.00125", 0.75: "0.75", 1234.5: "1,234", -2e-4: "-2e-4"}
-    assert {value: report._figure(value) for value in shown} == shown
-    assert report._figure(None) == "not finite"
+    assert {value: page.figure(value) for value in shown} == shown
+    assert page.figure(None) == "not finite"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.98), (1.2e-5, 1e-4), (5, 5), (0, 0), (-3, 2), (99_000, 101_500)])
 def test_ticks_are_round_and_enclose_the_range(low, high):
-    ticks = report._ticks(low, high)
+    ticks = page.round_ticks(low, high)
     assert ticks[0] <= low + 1e-12
     assert ticks[-1] >= high - 1e-12
     assert 2 <= len(ticks) <= 6
