@@ -177,8 +177,11 @@ def test_fake_tensors():
 
 
 def test_no_images():
-    tensors = inputs([], 4, 2, 1, 8, torch.float32)
-    assert attend(*tensors, Segments.of_lengths([]), scale=1.0).shape == (0, 2, 8)
+    """All weights before them still take part in what ranks do together."""
+    tensors = [x.requires_grad_() for x in inputs([], 4, 2, 1, 8, torch.float32)]
+    out = attend(*tensors, Segments.of_lengths([]), scale=1.0)
+    assert out.shape == (0, 2, 8)
+    assert [x.shape for x in torch.autograd.grad(out.sum(), tensors)] == [x.shape for x in tensors]
 
 
 @pytest.mark.parametrize(("dim", "scale", "said"), [(12, 1.0, "head dim 12"), (136, 1.0, "head dim 136"), (8, -1.0, "scale -1.0")])
