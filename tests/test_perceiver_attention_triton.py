@@ -86,7 +86,7 @@ def test_shapes(lengths, latents, heads, dim, dtype):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3),
     latents=st.integers(1, 40),
