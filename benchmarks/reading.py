@@ -18,7 +18,7 @@ from idefics2_fast.batch import IGNORED
 from idefics2_fast.benchmarks.local_checkpoint import CHAT_TEMPLATE
 from idefics2_fast.benchmarks.reading_corpus import CAPTION, COUNT, FIRST, HELD_OUT, KIND, LETTERS, PATCH, READ, Style, blank, draw
 from idefics2_fast.config import PerceiverConfig, TextConfig, VisionConfig
-from idefics2_fast.model import Noise
+from idefics2_fast.ops import Noise
 
 LATENTS = 8
 SPELLING = 0.5  # weight of what latents name beside what is answered
