@@ -29,7 +29,7 @@ test: lint ## lint, then the fast tests; those for CUDA too where there is a dev
 	@$(RUN) pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: lint peers ## lint, then every test, the slow ones and other people's too, the oldest transformers, the checks of the C++ code
-	@$(RUN) pytest $(PYTEST_ARGS)
+	@$(RUN) pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-oldest sanitize fuzz
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all

@@ -155,10 +155,9 @@ Nothing on this page was measured on a GPU. Floors follow from shapes, predictio
 
 ## Floors, predictions, goals
 
-Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {latency:.1f} us from a request to its data, \
-{clock:.3f} GHz; a launch outside \
-of a CUDA graph costs about
-{launch:.1f} us, which is in no number here. FLOPs and bytes are the least that the op must do. Times in microseconds.
+Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {latency:.1f} us from a request to its data, {clock:.3f} GHz;
+a launch outside of a CUDA graph costs about {launch:.1f} us, which is in no number here. FLOPs and bytes are the least that the op must do.
+Times in microseconds.
 
 | op | GFLOP | MB | floor | predicted, unmeasured | goal |
 |---|---|---|---|---|---|
