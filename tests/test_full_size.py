@@ -1,4 +1,8 @@
-"""The released geometry, 8.4 billion parameters in bf16, on this CPU: 16.8 GB on disk and one copy in memory."""
+"""The released geometry, 8.4 billion parameters in bf16, on this CPU: 16.8 GB on disk and one copy in memory.
+
+One run on a busy machine of two cores: loaded in 27 s with 17.1 GB resident at the peak, 17.4 GB
+after answering a prompt with one photograph.
+"""
 
 import json
 import os
