@@ -42,6 +42,7 @@ MIXED_SIZES = {
 }
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPES = {"tiny": (torch.float32,), "small": (torch.float32, torch.bfloat16)}
+SHARES = {"tiny": tuple(MIXED_SIZES), "small": (0.40,)}  # `small` at 0.75 takes minutes
 NEW_TOKENS = 65  # the first comes with the prefill
 LINEAR_LAYERS = "linear layers alone"
 PROMPT = (
@@ -68,6 +69,10 @@ class Setting:
     compiled: HuggingFaceCompiled | None = None
 
     @property
+    def size(self) -> str:
+        return self.name.split()[0]
+
+    @property
     def providers(self) -> tuple[Provider, ...]:
         return self.hf, self.tuned, self.engine
 
@@ -84,10 +89,10 @@ def load_setting(size: str, dtype: torch.dtype, device: torch.device, compiled: 
 
 
 def calls_of(setting: Setting, call: Callable[[Provider], Call]) -> tuple[dict[str, Call], dict[str, str]]:
-    """Every provider's call, and who is absent. What torch.compile makes is made by now: the first call takes minutes."""
+    """Every provider's call, and who is absent. What torch.compile makes is made by now: the first call takes a minute."""
     calls = {provider.name: call(provider) for provider in setting.providers}
     if setting.compiled is None:
-        return calls, {HuggingFaceCompiled.name: "compiling takes minutes, and is asked for in whole runs of the model's suites alone"}
+        return calls, {HuggingFaceCompiled.name: "compiling takes minutes, and is done for `tiny` alone, in runs that are not quick"}
     made = call(setting.compiled)
     try:
         with torch.inference_mode():
@@ -109,7 +114,7 @@ def cases(scope: Scope) -> Iterator[Case | LeftOut]:
     """The cases of the wanted suites, model by model."""
     for size in scope.sizes:
         for dtype in DTYPES[size]:
-            setting = load_setting(size, dtype, scope.device, compiled=not scope.quick)
+            setting = load_setting(size, dtype, scope.device, compiled=not scope.quick and size == "tiny")
             for suite in scope.parts:
                 if reason := left_out(suite, setting):
                     yield LeftOut(suite, setting.name, reason)
@@ -120,7 +125,7 @@ def cases(scope: Scope) -> Iterator[Case | LeftOut]:
 def cases_of(suite: str, setting: Setting, quick: bool = False) -> Iterator[Case]:
     """The cases of one suite for one model."""
     if suite == "encode":
-        yield from (encode_case(setting, share, 4 if quick else 8) for share in MIXED_SIZES)
+        yield from (encode_case(setting, share, 4 if quick else 8) for share in SHARES[setting.size])
     elif suite == "first_token":
         yield first_token_case(setting)
     elif suite == "decode":

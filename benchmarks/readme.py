@@ -25,7 +25,7 @@ MODEL: list[Line] = [
       for size in ("tiny fp32", "small fp32", "small bf16")),
 ]  # fmt: skip
 PATCHED: list[Line] = [
-    ("encode 8 images, fill 0.40", PATCH, "small fp32, 8 images, fill 0.40: encode", "forward"),
+    ("encode 8 images, fill 0.40, `tiny`", PATCH, "tiny fp32, 8 images, fill 0.40: encode", "forward"),
     ("generate, 4 prompts, 32 tokens each", PATCH, "small fp32, 4 prompts, 32 tokens each: generate, preprocessed images", "forward"),
     ("DoRA training step", PATCH, "small fp32, 4 images: DoRA training step", "both"),
 ]
@@ -49,7 +49,7 @@ KERNELS: list[Line] = [
         "both",
     ),
     ("embedding with NEFTune's noise over a frozen table, forward", "embedding", "2048 tokens, float32, noise, frozen table", "forward"),
-    ("attention of 8 mixed images, both ways", "segment_attention", "8 images, 17276 patches, float32", "both"),
+    ("attention of 4 mixed images, both ways", "segment_attention", "4 images, 7796 patches, float32", "both"),
 ]
 IMAGES = [(size, f"resample and pack, {size}") for size in ("300x200", "640x480", "1024x768", "1600x1200", "2480x3508", "4000x3000")]
 FILES_CASE = "files to patches, split batch of six"  # which torchvision has no part in

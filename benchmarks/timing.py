@@ -156,14 +156,16 @@ def measure(
         check: says what is wrong with a provider's output; "" where nothing is.
         seconds: how long the rounds may take in all, going by the first pass.
         rounds: the fewest and the most rounds, which hold before `seconds`.
-        once: what takes longer than so many seconds is not taken again: its first pass counts in every round.
+        once: what takes longer than so many seconds, and twice as long as the fastest, is not taken again: its first pass counts in
+            every round.
     """
     with tqdm(total=len(calls), desc=title, leave=False, dynamic_ncols=True) as bar:
         results = {name: _first_pass(name, call, check, device, bar) for name, call in calls.items()}
-        right = []
-        for name, result in results.items():
-            result.once = not result.wrong and sum(result.rounds[0].values()) > once
-            right += [] if result.wrong or result.once else [name]
+        first = {name: sum(result.rounds[0].values()) for name, result in results.items() if not result.wrong}
+        limit = max(once, 2 * min(first.values(), default=0.0))
+        right = [name for name in first if first[name] <= limit]
+        for name in first.keys() - set(right):
+            results[name].once = True
         pass_seconds = sum(sum(results[name].rounds.pop().values()) for name in right)
         least, most = rounds
         turns = min(most, max(least, int(seconds / max(pass_seconds, 1e-9))))

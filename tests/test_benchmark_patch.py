@@ -12,7 +12,7 @@ from torch import nn
 import idefics2_fast
 from idefics2_fast.benchmarks import __main__ as command
 from idefics2_fast.benchmarks import model, patch, training_step
-from idefics2_fast.benchmarks.case import Case, Row
+from idefics2_fast.benchmarks.case import Case, Row, Scope
 from idefics2_fast.benchmarks.patch import ALONE, OFF, error, near_first, same_tokens
 from idefics2_fast.benchmarks.providers import HuggingFace, checkpoint
 from idefics2_fast.benchmarks.record import read_records
@@ -230,3 +230,10 @@ def test_the_command_runs_the_suite(monkeypatch, tmp_path):
     assert command.main(["patch", "--out", str(tmp_path / "out.jsonl")]) == 0
     measured = {record.case for record in read_records(tmp_path / "out.jsonl")}
     assert measured == {"tiny first", "tiny second", "small first", "small second"}
+
+
+def test_a_whole_run_takes_every_case_with_one_size(monkeypatch):
+    monkeypatch.setattr(patch, "cases_of", lambda size, device, images: (f"{size} {name}" for name in ("encode", "generate", "train")))
+    assert list(patch.cases(Scope())) == ["tiny encode", "small generate", "small train"]
+    assert list(patch.cases(Scope(model="small"))) == ["small encode", "small generate", "small train"]
+    assert list(patch.cases(Scope(quick=True))) == ["tiny encode"]

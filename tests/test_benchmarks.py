@@ -137,13 +137,19 @@ def test_what_takes_long_is_taken_once_and_counts_in_every_round(no_memory, monk
 
         return run
 
-    calls = {"slow": call("slow", 5.0), "fast": call("fast", 1.0)}
+    calls = {"slow": call("slow", 9.0), "fast": call("fast", 3.0), "like it": call("like it", 5.9)}
     results = measure(calls, lambda name, output: "", device=CPU, seconds=0.0, rounds=(3, 3), once=4.0)
-    assert order == ["slow", "fast", "fast", "fast", "fast"]
-    assert [result.seconds(["work"]) for result in results.values()] == [[5.0] * 3, [1.0] * 3]
-    assert [result.once for result in results.values()] == [True, False]
+    assert order == ["slow", *["fast", "like it"] * 4]
+    assert [result.seconds(["work"]) for result in results.values()] == [[9.0] * 3, [3.0] * 3, [5.9] * 3]
+    assert [result.once for result in results.values()] == [True, False, False]
     case = Case("suite", calls, None, (Row("a", ("work",)),))
-    assert {r.provider: r.note for r in report.records(case, results, CPU)} == {"slow": "taken once", "fast": ""}
+    assert {r.provider: r.note for r in report.records(case, results, CPU)} == {"slow": "taken once", "fast": "", "like it": ""}
+
+
+def test_what_is_slow_but_takes_little_time_is_taken_again(no_memory):
+    calls = {name: lambda watch, seconds=seconds: watch.seconds.update(work=seconds) for name, seconds in (("slow", 3.9), ("fast", 0.1))}
+    results = measure(calls, lambda name, output: "", device=CPU, seconds=0.0, rounds=(3, 3), once=4.0)
+    assert [result.once for result in results.values()] == [False, False]
 
 
 needs_proc = pytest.mark.skipif(not PeakMemory.available(CPU), reason="this system does not reset a process's peak memory")
