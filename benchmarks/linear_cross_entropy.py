@@ -19,6 +19,7 @@ from idefics2_fast.benchmarks.timing import Call, Watch
 
 VOCABULARY = 32003
 TOKENS, WIDTH = 2048, 1024
+QUICK = 512
 ANSWERS = 0.1
 HEADS = ("frozen", "trained")
 HF, TORCH, TORCH_CHUNKED, LIGER = "hf", "torch", "torch, chunked", "liger"
@@ -29,7 +30,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def cases(scope: Scope) -> Iterator[Case]:
     """A head that is frozen, as with adapters, and one that is trained."""
-    yield from scope.first(loss_case(head, scope.device) for head in HEADS)
+    yield from scope.first(loss_case(head, scope.device, tokens=QUICK if scope.quick else TOKENS) for head in HEADS)
 
 
 def hf_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -77,13 +78,13 @@ def absent(device: torch.device) -> dict[str, str]:
     return missing
 
 
-def loss_case(head: str, device: torch.device, answers: float = ANSWERS) -> Case:
+def loss_case(head: str, device: torch.device, answers: float = ANSWERS, tokens: int = TOKENS) -> Case:
     """A padded batch of two rows, of which a share is answers."""
-    hidden, weight, labels = _inputs(device, answers)
+    hidden, weight, labels = _inputs(device, answers, tokens)
     missing = absent(device)
     inputs = [hidden.requires_grad_()] if head == "frozen" else [hidden.requires_grad_(), weight.requires_grad_()]
     calls = {name: _call(loss, hidden, weight, labels, inputs) for name, loss in LOSSES.items() if name not in missing}
-    name = f"{head} head, {TOKENS} tokens, {answers:.0%} answers, {WIDTH} x {VOCABULARY} fp32"
+    name = f"{head} head, {tokens} tokens, {answers:.0%} answers, {WIDTH} x {VOCABULARY} fp32"
     row = Row(name, ("loss",), needs={HF: 6.0, TORCH: 1.0}, memory={HF: 1 / 8}, pass_="both")
     return Case(
         "linear_cross_entropy",
@@ -94,12 +95,12 @@ def loss_case(head: str, device: torch.device, answers: float = ANSWERS) -> Case
     )
 
 
-def _inputs(device: torch.device, answers: float) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(device: torch.device, answers: float, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, TOKENS // 2, WIDTH, generator=draw)
+    hidden = torch.randn(2, tokens // 2, WIDTH, generator=draw)
     weight = torch.randn(VOCABULARY, WIDTH, generator=draw) * WIDTH**-0.5
-    labels = torch.randint(0, VOCABULARY, (2, TOKENS // 2), generator=draw)
-    labels[torch.rand(2, TOKENS // 2, generator=draw) >= answers] = -100
+    labels = torch.randint(0, VOCABULARY, (2, tokens // 2), generator=draw)
+    labels[torch.rand(2, tokens // 2, generator=draw) >= answers] = -100
     return hidden.to(device), weight.to(device), labels.to(device)
 
 

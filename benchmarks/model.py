@@ -125,9 +125,9 @@ def cases(scope: Scope) -> Iterator[Case | LeftOut]:
 def cases_of(suite: str, setting: Setting, quick: bool = False) -> Iterator[Case]:
     """The cases of one suite for one model."""
     if suite == "encode":
-        yield from (encode_case(setting, share, 4 if quick else 8) for share in SHARES[setting.size])
+        yield from (encode_case(setting, share, 2 if quick else 8) for share in SHARES[setting.size])
     elif suite == "first_token":
-        yield first_token_case(setting)
+        yield first_token_case(setting, 2 if quick else 4)
     elif suite == "decode":
         yield decode_case(setting)
 
@@ -162,10 +162,10 @@ def encoding(setting: Setting, images: Sequence[Image.Image], name: str, needs: 
     return Case("encode", calls, check, (row,), absent)
 
 
-def first_token_case(setting: Setting) -> Case:
-    """Four prompts with one image each, to the logits of their first new tokens."""
-    chats = [question(PROMPT[: 60 + 20 * n], [image]) for n, image in enumerate(mixed_images(0.40)[:4])]
-    return answering_first(setting, chats, "4 prompts", {"hf": 5.0})
+def first_token_case(setting: Setting, prompts: int = 4) -> Case:
+    """Prompts with one image each, to the logits of their first new tokens."""
+    chats = [question(PROMPT[: 60 + 20 * n], [image]) for n, image in enumerate(mixed_images(0.40)[:prompts])]
+    return answering_first(setting, chats, f"{prompts} prompts", {"hf": 5.0})
 
 
 def answering_first(setting: Setting, chats: Sequence[Chat], name: str, needs: Mapping[str, float]) -> Case:

@@ -25,7 +25,10 @@ MODEL: list[Line] = [
       for size in ("tiny fp32", "small fp32", "small bf16")),
 ]  # fmt: skip
 PATCHED: list[Line] = [
-    ("encode 8 images, fill 0.40, `tiny`", PATCH, "tiny fp32, 8 images, fill 0.40: encode", "forward"),
+    *(
+        (f"encode 8 images, fill 0.40, `{size}`", PATCH, f"{size} fp32, 8 images, fill 0.40: encode", "forward")
+        for size in ("tiny", "small")
+    ),
     ("generate, 4 prompts, 32 tokens each", PATCH, "small fp32, 4 prompts, 32 tokens each: generate, preprocessed images", "forward"),
     ("DoRA training step", PATCH, "small fp32, 4 images: DoRA training step", "both"),
 ]

@@ -34,7 +34,7 @@ SIZE = "tiny"
 FITTED, EXPECTED = "exponent", "expected exponent"
 MARGIN = 0.25  # an exponent may be so much greater than the expected one, which knows nothing of caches
 EDGES, IMAGES, LENGTHS, RANKS, SHARES = (378, 546, 756, 980), (1, 2, 4, 8), (256, 512, 1024, 2048), (8, 32, 128, 512), (0.05, 0.1, 0.2, 0.4)
-PATCH, LAYER, STEPS, WARM = 14, 1024, 12, 4
+PATCH, LAYER, STEPS, WARM = 14, 1024, 8, 3
 WORLDS = (1, 2, 4, 8)
 
 

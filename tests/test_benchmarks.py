@@ -516,7 +516,7 @@ def test_the_threshold_is_given_and_the_regression_named(tmp_path, capsys):
 
 
 def loss_results(path):
-    case = linear_cross_entropy.loss_case("frozen", CPU)
+    case = linear_cross_entropy.loss_case("frozen", CPU, tokens=256)
     calls = {name: case.calls[name] for name in ("torch", "idefics2_fast")}
     results = measure(calls, case.check, device=CPU, seconds=0, rounds=(3, 3))
     write_records(path, report.records(replace(case, calls=calls), results, CPU))
@@ -525,7 +525,6 @@ def loss_results(path):
 
 def test_a_slowed_kernel_is_flagged(tmp_path, monkeypatch, no_memory):
     """The loss with the work of its answer rows done three times over."""
-    monkeypatch.setattr(linear_cross_entropy, "TOKENS", 256)
     monkeypatch.setattr(linear_cross_entropy, "ACCURACY", 1e-4)  # of so few rows
     loss_results(tmp_path / "old")
     plain = ops.linear_cross_entropy
@@ -542,7 +541,6 @@ def test_a_slowed_kernel_is_flagged(tmp_path, monkeypatch, no_memory):
 
 
 def test_a_wrong_kernel_gets_no_time_and_is_flagged(tmp_path, monkeypatch, no_memory):
-    monkeypatch.setattr(linear_cross_entropy, "TOKENS", 256)
     monkeypatch.setattr(linear_cross_entropy, "ACCURACY", 1e-4)
     loss_results(tmp_path / "old")
     monkeypatch.setitem(linear_cross_entropy.LOSSES, "idefics2_fast", lambda *args: 1.01 * linear_cross_entropy.engine_loss(*args))

@@ -183,6 +183,8 @@ dt {{ color: var(--dim); font-size: .85rem; }}
 dd {{ margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }}
 figure {{ margin: 0; }}
 figcaption {{ font-weight: 600; }}
+figcaption span {{ margin-left: .5rem; white-space: nowrap; }}
+figcaption span::before {{ content: "\\25a0\\00a0"; }}
 small {{ color: var(--dim); font-weight: 400; }}
 svg {{ width: 100%; height: auto; }}
 svg line {{ stroke: var(--line); }}
