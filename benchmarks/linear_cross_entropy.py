@@ -1,6 +1,7 @@
 """The loss of a padded batch of which a tenth is answers: full logits as transformers makes them, torch's own fused loss, this engine's.
 
-Loss and gradient together. A provider whose loss or gradient is off the exact one by more than 1e-6 of its largest value gets no time.
+Loss and gradient together. A provider whose loss or gradient is off the exact one by more than a logit's rounding, of its largest value,
+gets no time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ QUICK = 512
 ANSWERS = 0.1
 HEADS = ("frozen", "trained")
 HF, TORCH, TORCH_CHUNKED, LIGER = "hf", "torch", "torch, chunked", "liger"
-ACCURACY = 1e-6
+ACCURACY = torch.finfo(torch.float32).eps * WIDTH**0.5  # of a sum of so many products
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
