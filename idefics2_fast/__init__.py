@@ -23,6 +23,8 @@ _HOMES = {
     "patch_classes": "patching",
     "register_attention": "patching",
     "save_adapters": "adapters",
+    "unmerge_adapters": "adapters",
+    "use_adapter": "adapters",
 }
 
 _ROOMS = ("training",)  # packages beside this one, at hand as its attributes

@@ -50,6 +50,12 @@ def perceiver_context(rows: int, width: int, outs: int, *, backward: bool = Fals
     return Work(product, itemsize * (x + weight + y) + 4 * rows)
 
 
+def segment_attention(rows: int, *, heads: int = 16, head_dim: int = 72, backward: bool = False) -> Work:
+    """Two products of every query with every key of one segment; backward five."""
+    product, x, statistics = 2 * rows**2 * heads * head_dim, 2 * rows * heads * head_dim, 4 * rows * heads
+    return Work(5 * product, 8 * x + statistics) if backward else Work(2 * product, 4 * x + statistics)
+
+
 def perceiver_attention(
     images: int, patches: int, *, latents: int = 64, heads: int = 16, kv_heads: int = 4, head_dim: int = 96, backward: bool = False
 ) -> Work:
@@ -63,6 +69,19 @@ def perceiver_attention(
     return Work(2 * product, 2 * q + 2 * k + statistics)
 
 
+def dora_norm(outs: int, width: int, rank: int, *, itemsize: int = 2) -> Work:
+    """W read once, beside it A, B, the squares' sums and the norms in fp32; one product of width r."""
+    return Work(2 * outs * width * rank, itemsize * outs * width + 4 * rank * (outs + width) + 8 * outs)
+
+
+def dora_linear(rows: int, width: int, outs: int, rank: int, *, backward: bool = False, itemsize: int = 2) -> Work:
+    """The base's product and the two of width r; backward one and four, for dx, dh, dA and dB."""
+    base, x, y, adapter = 2 * rows * width * outs, rows * width, rows * outs, rank * (width + outs)
+    if backward:
+        return Work(base + 4 * rows * adapter, itemsize * (2 * y + 2 * x + width * outs + adapter) + 4 * adapter)
+    return Work(base + 2 * rows * adapter, itemsize * (x + y + width * outs + adapter))
+
+
 def embedding(tokens: int, width: int, *, images: int = 0, noise: bool = False, itemsize: int = 2) -> Work:
     """Every row read from the table or from the features, and written; `images` rows of them have their place in the list of features."""
     return Work(0, 2 * itemsize * tokens * width + 8 * tokens * (3 if noise else 1))
@@ -71,6 +90,20 @@ def embedding(tokens: int, width: int, *, images: int = 0, noise: bool = False, 
 def embedding_backward(tokens: int, vocabulary: int, width: int, *, itemsize: int = 2) -> Work:
     """Every gradient read, every row of the table's gradient written; places sorted by token."""
     return Work(0, itemsize * width * (tokens + vocabulary) + 8 * (tokens + 2 * vocabulary))
+
+
+def linear_cross_entropy(rows: int, width: int, classes: int, *, itemsize: int = 2) -> Work:
+    """Loss and gradient by the rows of a frozen head: two products, the head read for each, and the logits' way through memory.
+
+    Logits are written by one product, read and overwritten by the softmax, read by the other product.
+    """
+    hidden, head, logits = rows * width, classes * width, rows * classes
+    return Work(4 * hidden * classes, itemsize * (hidden + 2 * head + 4 * logits) + 4 * hidden)
+
+
+def softmax(rows: int, classes: int, *, itemsize: int = 2) -> Work:
+    """Logits read once and overwritten by their gradient; a target, a loss and an lse each row."""
+    return Work(0, 2 * itemsize * rows * classes + 16 * rows)
 
 
 @dataclass(frozen=True)
@@ -87,8 +120,18 @@ class Line:
     kernels: Mapping[str, float]
 
 
+SEGMENTS, PADDED = "segment_attention/half 72/images", 80 / 72  # of 64 + 16 columns, 8 are padding
 ATTENTION, CONTEXT, EMBEDDING = "perceiver_attention/half 96/1 image", "perceiver_context/half 16384/1 image", "embedding/half 65536"
+DORA = "dora_linear/half 64/1024 columns"
+CROSS = 2.0  # A's two terms
 LINES = [
+    Line("vision attention, 4900 patches", segment_attention(4900), 276, {f"{SEGMENTS}/_forward": PADDED}),
+    Line(
+        "vision attention backward, 4900 patches",
+        segment_attention(4900, backward=True),
+        864,
+        {f"{SEGMENTS}/_backward_kv": 4 / 5 * PADDED, f"{SEGMENTS}/_backward_q": 3 / 5 * PADDED},
+    ),
     Line("K/V of 3 layers, 4900 patches", perceiver_context(4900, 4096, 2304), 135, {f"{CONTEXT}/_forward": 1.0}),
     Line(
         "the same, backward",
@@ -104,8 +147,16 @@ LINES = [
         110,
         {f"{ATTENTION}/_backward_kv": 4 / 5, f"{ATTENTION}/_backward_q": 3 / 5},
     ),
+    Line("DoRA 4096 x 4096, rank 64, 8192 tokens", dora_linear(8192, 4096, 4096, 64), 415, {f"{DORA}/_forward": 1.0}),
+    Line("the same, backward", dora_linear(8192, 4096, 4096, 64, backward=True), 412, {f"{DORA}/_backward_x": 1.0}),
+    Line("DoRA 14336 x 4096, rank 64, 8192 tokens", dora_linear(8192, 4096, 14336, 64), 1330, {f"{DORA}/_forward": 1.0}),
+    Line("the same, backward", dora_linear(8192, 4096, 14336, 64, backward=True), 1800, {f"{DORA}/_backward_x": 1.0}),
+    Line("DoRA's norm, 4096 x 4096, rank 64", dora_norm(4096, 4096, 64), 13, {f"{DORA}/_cross": CROSS}),
+    Line("DoRA's norm, 14336 x 4096, rank 64", dora_norm(14336, 4096, 64), 45, {f"{DORA}/_cross": CROSS}),
     Line("embedding + NEFTune + merge, 8192 tokens", embedding(8192, 4096, noise=True), 50, {}),
     Line("embedding backward, 8192 tokens, 32003 rows", embedding_backward(8192, 32003, 4096), None, {}),
+    Line("answer-only CE, 2048 rows, forward + dX", linear_cross_entropy(2048, 4096, 32003), 1550, {}),
+    Line("its softmax and gradient", softmax(2048, 32003), None, {}),
 ]
 
 

@@ -25,7 +25,14 @@ from idefics2_fast.benchmarks.sm90.resources import (
 from idefics2_fast.kernels.tuned import CONFIGS
 
 # The shape classes of idefics2-8b; the others take minutes to compile.
-SHIPPED = {"perceiver_attention": ["half 96"], "perceiver_context": ["half 16384"], "embedding": ["half 65536"]}
+SHIPPED = {
+    "dora_linear": ["half 64"],
+    "segment_attention": ["half 72"],
+    "perceiver_attention": ["half 96"],
+    "perceiver_context": ["half 16384"],
+    "embedding": ["half 65536"],
+    "linear_cross_entropy": ["half 32768"],
+}
 
 
 def check(rows):
