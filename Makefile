@@ -29,7 +29,7 @@ test: lint ## lint, then the fast tests; those for CUDA too where there is a dev
 	@$(RUN) pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: lint peers ## lint, then every test, the slow ones and other people's too, the oldest transformers, the checks of the C++ code
-	@$(RUN) pytest $(PYTEST_ARGS)
+	@$(RUN) pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-oldest sanitize fuzz
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
@@ -81,11 +81,11 @@ build/peers/site: .venv/ready
 	@$(PIP) install --quiet --no-deps --upgrade --target $@ $(PEERS_NEED)
 	@touch $@
 
-# The oldest transformers that the package takes, over .venv's other packages.
-OLDEST := 5.20.2
-OLDEST_TESTS := $(wildcard $(foreach name,model weights generate processor image_processor patch*,tests/test_$(name).py))
+# The oldest transformers and Triton that the package takes, over .venv's other packages.
+OLDEST := transformers==5.20.2 triton==3.6.0
+OLDEST_TESTS := $(wildcard $(foreach name,model weights generate processor image_processor patch* *_triton,tests/test_$(name).py)) tests/sm90
 
-test-oldest: .venv/oldest ## the tests of the model, the processors and the patch with the oldest transformers
+test-oldest: .venv/oldest ## the tests of the model, the processors, the patch and the kernels with the oldest transformers and Triton
 	@.venv/oldest/bin/python -m pytest -q -m "not slow" $(PARALLEL) $(OLDEST_TESTS)
 
 # site reads .pth files of its own folders alone: .venv's are read through addsitedir, the editable install's among them.
@@ -93,7 +93,7 @@ test-oldest: .venv/oldest ## the tests of the model, the processors and the patc
 	@rm -rf $@ && $(RUN) venv --without-pip $@
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 		echo "import site; site.addsitedir('$$(.venv/bin/python -c "$$site")')" >"$$($@/bin/python -c "$$site")/beside.pth"
-	@$(PIP) --python $@/bin/python install --quiet --no-deps transformers==$(OLDEST)
+	@$(PIP) --python $@/bin/python install --quiet --no-deps $(OLDEST)
 	@touch $@
 
 bench: .venv/ready ## the benchmarks

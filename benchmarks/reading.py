@@ -10,13 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-from idefics2_fast import Idefics2, Idefics2Config, Processor
+from idefics2_fast import Batch, Idefics2, Idefics2Config, Processor
+from idefics2_fast.batch import IGNORED
 from idefics2_fast.benchmarks.local_checkpoint import CHAT_TEMPLATE
 from idefics2_fast.benchmarks.reading_corpus import CAPTION, COUNT, FIRST, HELD_OUT, KIND, LETTERS, PATCH, READ, Style, blank, draw
 from idefics2_fast.config import PerceiverConfig, TextConfig, VisionConfig
+from idefics2_fast.ops import Noise
 
 LATENTS = 8
+SPELLING = 0.5  # weight of what latents name beside what is answered
 NEW_TOKENS = 12  # of an answer at most
 SIDE = 16  # of the position table
 SPECIAL = ("<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>")
@@ -84,6 +89,31 @@ def write_reader(folder: Path, width: int = 128, seed: int = 0) -> None:
         torch.manual_seed(seed)
         Idefics2(reader_config(width)).save_pretrained(folder)
     reader_processor().save_pretrained(folder)
+
+
+class Speller(Idefics2):
+    """A reader with a second loss: latent i names letter i of the text on its image, straight through the head.
+
+    Answers alone leave open which latent holds which letter: strings of random letters then stay at chance for thousands of steps. What it
+    learns is weights of an `Idefics2`.
+    """
+
+    def encode_images(self, batch: Batch) -> Tensor:
+        self._features = super().encode_images(batch)
+        return self._features
+
+    def loss_sum(self, batch: Batch, *, noise: Noise | None = None, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        """As `Idefics2.loss_sum`, of documents of one image and one answer each; the second loss is not counted among the tokens."""
+        total, count = super().loss_sum(batch, noise=noise, z_loss=z_loss)
+        named = F.cross_entropy(self.logits(self._features), spelled(batch), reduction="sum")
+        return total + SPELLING * named, count
+
+
+def spelled(batch: Batch) -> Tensor:
+    """The tokens [I * LATENTS] that latents are to name: those of their document's answer, its last one repeated."""
+    answers = (labels[labels != IGNORED] for labels in batch.labels.split(batch.documents.lengths))
+    places = torch.arange(LATENTS, device=batch.device)
+    return torch.cat([answer[places.clamp(max=len(answer) - 1)] for answer in answers])
 
 
 class Page(NamedTuple):

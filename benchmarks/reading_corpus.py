@@ -12,7 +12,7 @@ import math
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -68,7 +68,7 @@ HELD_OUT_FONTS = (
 
 @dataclass(frozen=True)
 class Style:
-    """What drawings vary in: fonts, their sizes in pixels, bands of hues, pixels from the left edge and from the top."""
+    """What drawings vary in: fonts (easy drawings have the first), sizes and places in pixels (from left, from top), bands of hues."""
 
     fonts: Fonts
     sizes: tuple[int, ...]
@@ -79,6 +79,15 @@ class Style:
 
 TRAINED = Style(TRAINED_FONTS, (18, 20, 22, 24), ((0.0, 0.25), (0.35, 0.6), (0.7, 1.0)), (0, 2, 4, 6, 8, 10), (0, 2, 4))
 HELD_OUT = Style(HELD_OUT_FONTS, (19, 21, 23), ((0.26, 0.34), (0.61, 0.69)), (1, 3, 5, 7, 9), (1, 3))
+# To read letters that no word has together: slanted fonts as well, and easy drawings in letters of one width, about a patch each.
+TRAINED_MORE = replace(
+    TRAINED,
+    fonts=(
+        *_fonts("matplotlib", "mpl-data/fonts/ttf", "DejaVuSansMono.ttf", "DejaVuSerif-Italic.ttf", "STIXGeneralItalic.ttf"),
+        *_fonts("matplotlib", "mpl-data/fonts/ttf", "cmti10.ttf", "cmb10.ttf"),
+        *(font for font in TRAINED_FONTS if font[2] != "DejaVuSansMono.ttf"),
+    ),
+)
 # Of patches, the least of a drawing. Positions are shares of an image's sides: on drawings of one size they are learned soon.
 COLUMNS, ROWS = 8, 2
 SNAPSHOT = 4  # the patches on a side of a photograph
@@ -197,6 +206,7 @@ class Lessons(Sequence):
 
     rows: int
     words: tuple[str, ...] = WORDS
+    style: Style = TRAINED
     letters: float = 0.0
     captions: float = 0.05
     easy: float = 0.07
@@ -239,7 +249,7 @@ class Lessons(Sequence):
             text = random_letters(chance, (3, 6))
         else:
             text = chance.choice(self.words[: max(len(WORDS), round(variety * len(self.words)))])
-        return draw(text, chance, self.difficulty(row))
+        return draw(text, chance, self.difficulty(row), self.style)
 
 
 @functools.lru_cache(maxsize=4)

@@ -169,6 +169,7 @@ def _distance(x: Tensor, truth: Tensor) -> float:
 # --- verdicts kept ---
 
 
+@torch.compiler.assume_constant_result
 def trusts(op: str) -> bool:
     """Whether the op's kernels may be used on the current CUDA device: the kept verdict, or that of a check made now.
 

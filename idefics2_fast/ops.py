@@ -254,7 +254,6 @@ def _preferred(op: str, device: str, dtype: torch.dtype, width: int) -> str:
     return next(name for name, (runs, _) in rows if runs(device, dtype, width) and (name != "triton" or _trusted(op)))
 
 
-@torch.compiler.assume_constant_result
 def _trusted(op: str) -> bool:
     """Whether the op's Triton kernels are right on this device: checked at their first use here, see `doctor.py`."""
     from idefics2_fast import doctor

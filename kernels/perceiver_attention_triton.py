@@ -431,5 +431,5 @@ def attend(
     if not scale > 0:
         raise ValueError(f"scale {scale}: expected a positive number")
     if not len(images):
-        return torch.empty_like(q)
+        return q + sum(x.sum() for x in (k_context, v_context, k_latents, v_latents))  # no rows, yet all get gradients: of zeros
     return _op(q, k_context, v_context, k_latents, v_latents, images.offsets, images.longest, scale)[0]

@@ -42,9 +42,9 @@ def run(function, tensors: tuple[Tensor, ...], images: Segments, scale: float, d
     return [out.detach(), *torch.autograd.grad(out, leaves, draw(*out.shape, seed=3).to(tensors[0].dtype).to(dtype))]
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative to the expected values, or, where they are zero (queries and keys have no gradient with one key), to inputs of size 1."""
-    scale = expected.norm().item() or expected.numel() ** 0.5
+def error(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """Relative to the expected values' norm, and to no less than that of values of size `least`."""
+    scale = max(expected.norm().item(), least * expected.numel() ** 0.5)
     return (actual.double() - expected).norm().item() / scale if expected.numel() else 0.0
 
 
@@ -53,15 +53,15 @@ def check(lengths: list[int], latents: int, heads: int, kv_heads: int, dim: int,
     exact = run(perceiver_attention.reference, tensors, images, scale, torch.float64)
     with launches(handler):
         ours = run(attend, tensors, images, scale, dtype)
-    if dtype in RELATIVE:
-        allowed = [RELATIVE[dtype]] * 6
-    else:
-        plain = run(perceiver_attention.sdpa, tensors, images, scale, dtype)
-        allowed = [ROUNDING * error(x, y) for x, y in zip(plain, exact, strict=True)]
-    for name, actual, expected, most in zip(("out", "q", "k_c", "v_c", "k_l", "v_l"), ours, exact, allowed, strict=True):
-        assert actual.shape == expected.shape
-        assert actual.dtype == dtype
-        assert error(actual, expected) <= most, f"{name}: {error(actual, expected):.1e} of {most:.1e}"
+    plain = None if dtype in RELATIVE else run(perceiver_attention.sdpa, tensors, images, scale, dtype)
+    for index, name in enumerate(("out", "q", "k_c", "v_c", "k_l", "v_l")):
+        assert ours[index].shape == exact[index].shape
+        assert ours[index].dtype == dtype
+        # With few keys the gradients of scores cancel, with one key to nothing: what is left is rounding of terms of size 1.
+        least = 0.25 if name in ("q", "k_c", "k_l") else 0.0
+        most = RELATIVE[dtype] if plain is None else ROUNDING * error(plain[index], exact[index], least)
+        found = error(ours[index], exact[index], least)
+        assert found <= most, f"{name}: {found:.1e} of {most:.1e}"
 
 
 def test_reference_gradients():
@@ -86,7 +86,7 @@ def test_shapes(lengths, latents, heads, dim, dtype):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3),
     latents=st.integers(1, 40),
@@ -177,8 +177,11 @@ def test_fake_tensors():
 
 
 def test_no_images():
-    tensors = inputs([], 4, 2, 1, 8, torch.float32)
-    assert attend(*tensors, Segments.of_lengths([]), scale=1.0).shape == (0, 2, 8)
+    """All weights before them still take part in what ranks do together."""
+    tensors = [x.requires_grad_() for x in inputs([], 4, 2, 1, 8, torch.float32)]
+    out = attend(*tensors, Segments.of_lengths([]), scale=1.0)
+    assert out.shape == (0, 2, 8)
+    assert [x.shape for x in torch.autograd.grad(out.sum(), tensors)] == [x.shape for x in tensors]
 
 
 @pytest.mark.parametrize(("dim", "scale", "said"), [(12, 1.0, "head dim 12"), (136, 1.0, "head dim 136"), (8, -1.0, "scale -1.0")])

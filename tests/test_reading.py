@@ -9,11 +9,23 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from idefics2_fast import Idefics2, Processor
 from idefics2_fast.benchmarks import learn
-from idefics2_fast.benchmarks.reading import VOCABULARY, blanked, chats, examination, reader_processor, share_right, write_reader
+from idefics2_fast.benchmarks.reading import (
+    LATENTS,
+    SPELLING,
+    VOCABULARY,
+    Speller,
+    blanked,
+    chats,
+    examination,
+    reader_processor,
+    share_right,
+    write_reader,
+)
 from idefics2_fast.benchmarks.reading_corpus import (
     COLUMNS,
     FIRST,
@@ -23,6 +35,7 @@ from idefics2_fast.benchmarks.reading_corpus import (
     READ,
     ROWS,
     TRAINED,
+    TRAINED_MORE,
     WORDS,
     Lessons,
     Questions,
@@ -66,12 +79,13 @@ def test_a_row_is_a_function_of_its_number_alone(corpus):
         again[600]
 
 
-def test_what_is_held_out_shares_nothing_with_what_is_trained():
-    assert not families(TRAINED) & families(HELD_OUT)
-    assert not set(TRAINED.sizes) & set(HELD_OUT.sizes)
-    assert not set(TRAINED.lefts) & set(HELD_OUT.lefts)
-    assert not set(TRAINED.tops) & set(HELD_OUT.tops)
-    assert all(end <= begin or other_end <= start for start, end in TRAINED.hues for begin, other_end in HELD_OUT.hues)
+@pytest.mark.parametrize("trained", [TRAINED, TRAINED_MORE])
+def test_what_is_held_out_shares_nothing_with_what_is_trained(trained):
+    assert not families(trained) & families(HELD_OUT)
+    assert not set(trained.sizes) & set(HELD_OUT.sizes)
+    assert not set(trained.lefts) & set(HELD_OUT.lefts)
+    assert not set(trained.tops) & set(HELD_OUT.tops)
+    assert all(end <= begin or other_end <= start for start, end in trained.hues for begin, other_end in HELD_OUT.hues)
 
 
 @pytest.mark.parametrize("style", [TRAINED, HELD_OUT])
@@ -88,10 +102,19 @@ def test_drawings_take_from_their_style_alone_and_all_of_it(style):
         assert any(start - 0.01 <= hue <= end + 0.01 for start, end in style.hues), colour  # of 50 levels, one is 1/300 of the circle
 
 
-def test_at_no_difficulty_all_drawings_are_alike():
-    (font,) = {drawing.font for drawing in drawings(TRAINED, difficulty=0.0)}
-    assert font[:3] == TRAINED.fonts[0]
-    assert {(drawing.ink, drawing.ground) for drawing in drawings(TRAINED, difficulty=0.0)} == {((0, 0, 0), (255, 255, 255))}
+@pytest.mark.parametrize(("style", "family"), [(TRAINED, "DejaVu Sans"), (TRAINED_MORE, "DejaVu Sans Mono")])
+def test_at_no_difficulty_all_drawings_are_alike(style, family):
+    (font,) = {drawing.font for drawing in drawings(style, difficulty=0.0)}
+    assert load_font(*font).getname()[0] == family
+    assert {(drawing.ink, drawing.ground) for drawing in drawings(style, difficulty=0.0)} == {((0, 0, 0), (255, 255, 255))}
+
+
+def test_lessons_are_drawn_in_their_style():
+    rows = Lessons(rows=2560, captions=0.0, easy=0.2, hard=0.6, style=TRAINED_MORE)
+    for row in islice(rows, 0, 256, 16):
+        inked = np.flatnonzero((np.asarray(row["images"][0]) < 128).any((0, 2)))
+        letters = len(row["texts"][0]["assistant"])
+        assert inked[-1] - inked[0] == pytest.approx(letters * load_font(*TRAINED_MORE.fonts[0], 22).getlength("x"), abs=8)
 
 
 @pytest.mark.parametrize("style", [TRAINED, HELD_OUT])
@@ -183,6 +206,24 @@ def test_transformers_processor_gives_the_same_tokens(tmp_path):
     assert ours.token_ids.tolist() == [token for row in theirs["input_ids"] for token in row]
 
 
+def test_a_speller_has_each_latent_name_a_letter(tmp_path):
+    write_reader(tmp_path, width=32)
+    recipe = learn.warm_up(tmp_path, tmp_path / "run", 100, tokens=8 * learn.TOKENS)
+    loader = Loader(open_source(learn.lessons(100)), planner_of(recipe, reader_processor()), packs=1, shuffle=False, threads=1)
+    (batch,) = next(loader).batches
+    loader.close()
+    reader, speller = (model.from_pretrained(tmp_path) for model in (Idefics2, Speller))
+    (answered, count), (total, counted) = (model.loss_sum(batch) for model in (reader, speller))
+    texts = [learn.lessons(100)[int(key)]["texts"][0]["assistant"] for key in batch.sample_keys]
+    scores = reader.logits(reader.encode_images(batch)).log_softmax(-1).unflatten(0, (len(texts), LATENTS))
+    named = [[f" {text[0]}", *text[1:], "<end_of_utterance>", *["</s>"] * LATENTS][:LATENTS] for text in texts]
+    wanted = -sum(scores[image, latent, VOCABULARY.index(token)] for image, row in enumerate(named) for latent, token in enumerate(row))
+    assert int(counted) == int(count)
+    torch.testing.assert_close(total - answered, SPELLING * wanted)
+    total.backward()
+    assert all(parameter.grad is not None for parameter in speller.parameters())
+
+
 def test_lessons_are_trained_in_their_own_order(tmp_path):
     write_reader(tmp_path, width=32)
     recipe = learn.warm_up(tmp_path, tmp_path / "run", 100, tokens=8 * learn.TOKENS)
@@ -207,17 +248,18 @@ def test_some_steps_make_the_loss_fall(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    run=False, reason="not reached yet: the best run of 11 minutes read 76 % of words and 8 % of letters, 80 % and 50 % are wanted"
-)
-def test_a_reader_of_words_reads_letters_that_it_has_never_seen_together(tmp_path):
-    """150 words, and strings of random letters: one in eight of all strings is kept from training."""
-    steps, words = 3000, (*WORDS, *MORE_WORDS)
+def test_a_reader_of_words_reads_letters_that_it_has_never_seen_together(tmp_path, monkeypatch):
+    """150 words, and strings of random letters: one in eight of all strings is kept from training.
+
+    Read once: 96 % of the words, 65 % of the strings, nothing of blank images; in 4500 steps two seeds read 79 % and 68 % of the strings.
+    """
+    steps, words = 3800, (*WORDS, *MORE_WORDS)
     assert len(set(words)) == 150
     write_reader(tmp_path / "untrained", width=160)
+    monkeypatch.setattr("idefics2_fast.training.run.Idefics2", Speller)
     fitted = fit(
         learn.warm_up(tmp_path / "untrained", tmp_path / "run", steps),
-        learn.lessons(steps, words=words, letters=0.6, captions=0.0, easy=0.2, hard=0.7),
+        learn.lessons(steps, words=words, style=TRAINED_MORE, letters=0.75, captions=0.0, easy=0.09, hard=0.38),
     )
     model, processor = Idefics2.from_pretrained(fitted.weights), Processor.from_pretrained(fitted.weights)
     chance = random.Random(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -126,7 +127,8 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
         return 1
     if first:
         report = "" if result.exit_code else f", {Path(recipe.out) / REPORT}"
-        print(f"{result.steps} steps, loss {result.loss:.4f}; {result.weights}{report}", flush=True)
+        loss = "there was nothing left to do" if math.isnan(result.loss) else f"loss {result.loss:.4f}"
+        print(f"{result.steps} steps, {loss}; {result.weights}{report}", flush=True)
     return result.exit_code
 
 

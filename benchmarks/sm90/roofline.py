@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from idefics2_fast.benchmarks.sm90 import pipes, resources
@@ -19,6 +19,7 @@ from idefics2_fast.benchmarks.sm90.resources import Resources
 # Of an H100 SXM, as a good kernel sees them: dense bf16 products and reads of its memory. Nominal: 989 TFLOP/s and 3.35 TB/s.
 TENSOR = 800e12
 MEMORY = 3.0e12
+LATENCY = 0.8e-6  # seconds from a request to global memory to its data, under load
 LAUNCH = 2.5e-6  # seconds between the starts of two small kernels outside of a CUDA graph; no part of a floor
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -111,13 +112,29 @@ class Line:
     """A line of the table: what is run, the least work, the goal in microseconds.
 
     `kernels`: those with products, by their key in the table of resources -> what each computes, as a share of the least FLOPs; more than
-    1 in all where something is computed twice.
+    1 in all where something is computed twice. `passes`: bytes moved by kernels that run before or after the library's products. `stream`:
+    the kernel of an op without products.
     """
 
     title: str
     work: Work
     goal: float | None
-    kernels: Mapping[str, float]
+    kernels: Mapping[str, float] = field(default_factory=dict)
+    passes: float = 0.0
+    stream: str = ""
+
+
+LIBRARY = "the library"  # its products run at TENSOR
+
+
+def _dora_by_the_library(rows: int, width: int, outs: int, rank: int, *, goal: float, backward_goal: float) -> list[Line]:
+    """Forward: y is read and written for h's product, and for the scale; backward: dy and y read, z written, dx read and written."""
+    x, y = 2 * rows * width, 2 * rows * outs
+    forward, backward = dora_linear(rows, width, outs, rank), dora_linear(rows, width, outs, rank, backward=True)
+    return [
+        Line(f"DoRA {outs} x {width}, rank {rank}, {rows} tokens", forward, goal, {LIBRARY: 1.0}, passes=4 * y),
+        Line("the same, backward", backward, backward_goal, {LIBRARY: 1.0}, passes=3 * y + 2 * x),
+    ]
 
 
 SEGMENTS, PADDED = "segment_attention/half 72/images", 80 / 72  # of 64 + 16 columns, 8 are padding
@@ -147,16 +164,26 @@ LINES = [
         110,
         {f"{ATTENTION}/_backward_kv": 4 / 5, f"{ATTENTION}/_backward_q": 3 / 5},
     ),
-    Line("DoRA 4096 x 4096, rank 64, 8192 tokens", dora_linear(8192, 4096, 4096, 64), 415, {f"{DORA}/_forward": 1.0}),
-    Line("the same, backward", dora_linear(8192, 4096, 4096, 64, backward=True), 412, {f"{DORA}/_backward_x": 1.0}),
-    Line("DoRA 14336 x 4096, rank 64, 8192 tokens", dora_linear(8192, 4096, 14336, 64), 1330, {f"{DORA}/_forward": 1.0}),
-    Line("the same, backward", dora_linear(8192, 4096, 14336, 64, backward=True), 1800, {f"{DORA}/_backward_x": 1.0}),
+    Line("DoRA 14336 x 1152, rank 64, 4900 patches", dora_linear(4900, 1152, 14336, 64), None, {f"{DORA}/_forward": 1.0}),
+    *_dora_by_the_library(8192, 4096, 4096, 64, goal=415, backward_goal=412),
+    *_dora_by_the_library(8192, 4096, 14336, 64, goal=1330, backward_goal=1800),
     Line("DoRA's norm, 4096 x 4096, rank 64", dora_norm(4096, 4096, 64), 13, {f"{DORA}/_cross": CROSS}),
     Line("DoRA's norm, 14336 x 4096, rank 64", dora_norm(14336, 4096, 64), 45, {f"{DORA}/_cross": CROSS}),
-    Line("embedding + NEFTune + merge, 8192 tokens", embedding(8192, 4096, noise=True), 50, {}),
-    Line("embedding backward, 8192 tokens, 32003 rows", embedding_backward(8192, 32003, 4096), None, {}),
-    Line("answer-only CE, 2048 rows, forward + dX", linear_cross_entropy(2048, 4096, 32003), 1550, {}),
-    Line("its softmax and gradient", softmax(2048, 32003), None, {}),
+    Line("embedding + NEFTune + merge, 8192 tokens", embedding(8192, 4096, noise=True), 50, stream=f"{EMBEDDING}/noise/embedding_forward"),
+    Line(
+        "embedding backward, 8192 tokens, 32003 rows",
+        embedding_backward(8192, 32003, 4096),
+        None,
+        stream=f"{EMBEDDING}/plain/embedding_table_grad",
+    ),
+    Line(
+        "answer-only CE, 2048 rows, forward + dX",
+        linear_cross_entropy(2048, 4096, 32003),
+        1550,
+        {LIBRARY: 1.0},
+        passes=softmax(2048, 32003).bytes,
+    ),
+    Line("its softmax and gradient", softmax(2048, 32003), None, stream="linear_cross_entropy/half 32768/training/_softmax"),
 ]
 
 
@@ -164,12 +191,13 @@ def page(rows: Mapping[str, Resources], rates: Mapping[str, float], fit: str) ->
     """docs/performance.md."""
     lines = [
         f"| {line.title} | {line.work.flops / 1e9:.1f} | {line.work.bytes / 1e6:.1f} | {line.work.floor * 1e6:.1f} ({line.work.bound}) "
-        f"| {prediction(line, rates)} | {f'{line.goal:g}' if line.goal else '-'} |"
+        f"| {prediction(line, rows, rates) * 1e6:.1f} | {f'{line.goal:g}' if line.goal else '-'} |"
         for line in LINES
     ]
     return PAGE_TEXT.format(
         tensor=TENSOR / 1e12,
         memory=MEMORY / 1e12,
+        latency=LATENCY * 1e6,
         clock=pipes.CLOCK / 1e9,
         launch=LAUNCH * 1e6,
         lines="\n".join(lines),
@@ -178,12 +206,18 @@ def page(rows: Mapping[str, Resources], rates: Mapping[str, float], fit: str) ->
     )
 
 
-def prediction(line: Line, rates: Mapping[str, float]) -> str:
-    """Microseconds by the model of the pipes, "-" for what has no products."""
-    if not line.kernels:
-        return "-"
-    seconds = sum(line.work.flops * share / rates[kernel] for kernel, share in line.kernels.items())
-    return f"{max(seconds, line.work.bytes / MEMORY) * 1e6:.1f}"
+def prediction(line: Line, rows: Mapping[str, Resources], rates: Mapping[str, float]) -> float:
+    """Seconds: products by the model of the pipes, a stream by what a multiprocessor's threads have under way at a time."""
+    if line.stream:
+        return line.work.bytes / min(MEMORY, stream_rate(rows[line.stream]))
+    products = sum(line.work.flops * share / rates[kernel] for kernel, share in line.kernels.items())
+    return max(products, (line.work.bytes - line.passes) / MEMORY) + line.passes / MEMORY
+
+
+def stream_rate(row: Resources) -> float:
+    """Bytes a second that a card full of this kernel can ask for: half of them read, the loads of one turn under way at a time."""
+    under_way = row.ctas * row.config["num_warps"] * 32 * sum(int(width) * count for width, count in row.loads.items())
+    return 2 * pipes.MULTIPROCESSORS * under_way / LATENCY
 
 
 PAGE_TEXT = """# Performance on H100, on paper
@@ -193,8 +227,9 @@ Nothing on this page was measured on a GPU. Floors follow from shapes, predictio
 
 ## Floors, predictions, goals
 
-Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {clock:.3f} GHz; a launch outside of a CUDA graph costs about
-{launch:.1f} us, which is in no number here. FLOPs and bytes are the least that the op must do. Times in microseconds.
+Constants: {tensor:.0f} TFLOP/s dense bf16, {memory:.1f} TB/s, {latency:.1f} us from a request to its data, {clock:.3f} GHz;
+a launch outside of a CUDA graph costs about {launch:.1f} us, which is in no number here. FLOPs and bytes are the least that the op must do.
+Times in microseconds.
 
 | op | GFLOP | MB | floor | predicted, unmeasured | goal |
 |---|---|---|---|---|---|
@@ -215,8 +250,8 @@ Every kernel at every shipped config, compiled for sm_90. Products and loads cou
 def main(arguments: Sequence[str]) -> None:
     """Prints docs/performance.md; `--write` writes it."""
     wanted = {kernel for line in LINES for kernel in line.kernels}
-    rates = {}
-    for kernel in wanted:
+    rates = {LIBRARY: TENSOR}
+    for kernel in wanted - {LIBRARY}:
         op, shape_class, case, name = kernel.split("/")
         launch = next(launch for launch in resources.launches_of(op, shape_class, case) if launch.name == name)
         rates[kernel] = pipes.rate(resources.compile(launch))

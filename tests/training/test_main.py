@@ -68,6 +68,12 @@ def test_without_flags_it_is_the_recipe(fitted, capsys):
     assert "3 steps, loss 1.5000; weights" in capsys.readouterr().out
 
 
+def test_a_run_that_had_ended_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(run, "fit", lambda recipe: Fitted(3, float("nan"), Path("weights")))
+    assert command.main(["instruct", *PLACES]) == 0
+    assert "3 steps, there was nothing left to do; weights" in capsys.readouterr().out
+
+
 def test_it_is_a_command_of_idefics2_fast(fitted, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, command.__name__)  # runpy warns of modules that were imported before
     with pytest.raises(SystemExit, match="0"):
