@@ -156,7 +156,7 @@ class Idefics2(nn.Module):
         """The adapter of each image's document, None for an image that no token stands for; [] for the usual one."""
         if not batch.adapters:
             return []
-        firsts = self._image_rows(batch)[:: self.config.perceiver.n_latents]
+        firsts = self._image_rows(batch)[:: self.config.perceiver.n_latents].contiguous()
         documents = torch.bucketize(firsts, batch.document_offsets[1:].to(torch.int64), right=True).tolist()
         return [batch.adapters[document] for document in documents] + [None] * (len(batch.images) - len(documents))
 
