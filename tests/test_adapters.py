@@ -11,15 +11,14 @@ from support.hf import engine_of, sample, to_batch, to_hf
 from torch import nn
 
 from idefics2_fast import Batch, Idefics2, Idefics2Config
+from idefics2_fast.adapter_files import load_adapters, save_adapters
 from idefics2_fast.adapters import (
     AdaptedLinear,
     Dropout,
     adapted,
     attach_adapters,
-    load_adapters,
     merge_adapters,
     refresh_norms,
-    save_adapters,
     unmerge_adapters,
     use_adapter,
 )

@@ -126,7 +126,7 @@ def test_a_kernel_as_designed_has_no_fault(designed):
 
 
 def test_a_kernel_that_spills_is_seen(designed):
-    row = product_row(256, 64, 64, 1, 1)
+    row = product_row(128, 64, 16, 1, 1)
     assert any("instructions spill" in fault for fault in faults(designed, row)), row
 
 
