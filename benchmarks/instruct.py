@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from idefics2_fast import Batch, Idefics2, Processor, ops
-from idefics2_fast.adapters import adapted, save_adapters
+from idefics2_fast.adapter_files import save_adapters
+from idefics2_fast.adapters import adapted
 from idefics2_fast.batch import IGNORED
 from idefics2_fast.benchmarks.case import CPU, ENGINE, Case, Figure, Figures, Row, Scope
 from idefics2_fast.benchmarks.learn import answering

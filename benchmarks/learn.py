@@ -14,7 +14,7 @@ import torch
 
 import idefics2_fast
 from idefics2_fast import Idefics2, Processor
-from idefics2_fast.adapters import load_adapters
+from idefics2_fast.adapter_files import load_adapters
 from idefics2_fast.benchmarks.reading import NEW_TOKENS, Page, blanked, chats, examination, right, share_right, write_reader
 from idefics2_fast.benchmarks.reading_corpus import TRAINED, WORDS, Lessons, Questions
 from idefics2_fast.benchmarks.report import table

@@ -16,13 +16,15 @@ _HOMES = {
     "Processor": "processor",
     "Segments": "kernels.segments",
     "attach_adapters": "adapters",
-    "load_adapters": "adapters",
+    "load_adapters": "adapter_files",
     "merge_adapters": "adapters",
     "pack_images": "images",
     "patch": "patching",
     "patch_classes": "patching",
     "register_attention": "patching",
-    "save_adapters": "adapters",
+    "save_adapters": "adapter_files",
+    "unmerge_adapters": "adapters",
+    "use_adapter": "adapters",
 }
 
 _ROOMS = ("training",)  # packages beside this one, at hand as its attributes

@@ -1,8 +1,14 @@
-"""LoRA and DoRA on the engine's linear layers, in PEFT's format.
+"""LoRA and DoRA on the engine's linear layers; on disk, in PEFT's format: `adapter_files.py`.
 
     attach_adapters(model, rank=64, alpha=16)      # training: the base is frozen
     save_adapters(model, path)                     # PEFT, the patch and load_adapters read it
     load_adapters(model, path); merge_adapters(model)
+
+One adapter is trained, or merged. Several on one base have names, and each document of a batch takes its own:
+
+    load_adapters(model, french, name="fr"); load_adapters(model, german, name="de")
+    model.generate(replace(batch, adapters=("de", None, "fr")))     # unmerged; None is the base alone
+    use_adapter(model, "fr")                                        # of batches that do not say
 
 The formula stands in `kernels/dora_linear.py`. A layer that the model fuses (q, k, v; k, v; gate, up) carries an adapter for each of its
 Hugging Face projections; their A are one product, their B one block-diagonal matrix.
@@ -10,49 +16,53 @@ Hugging Face projections; their A are one product, their B one block-diagonal ma
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from idefics2_fast import ops
-from idefics2_fast.layers import Linear
+from idefics2_fast.layers import Choice, Linear, first_row
 from idefics2_fast.model import Idefics2
 from idefics2_fast.row_norm import RowNorm, block_diagonal
 
 # Parts of a model whose linear layers can carry adapters, and where they are.
 PARTS = {"vision": "vision_model.layers.", "connector": "connector.", "text": "text_model.layers.", "head": "lm_head"}
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+
+# What dropout acts upon: the adapter's branch alone, or, as in PEFT 0.21, all that DoRA adds to the frozen layer. LoRA adds nothing else.
+RULES = ("branch", "peft")
 
 
 class Dropout:
-    """What the adapters' branches drop: values whose counter-based number falls below p, so that it depends on nothing else.
+    """What adapters drop: values whose counter-based number falls below p, so that it depends on nothing else.
 
     Attributes:
         p: the share that is dropped.
+        rule: one of `RULES`.
         seed, step: what the numbers are drawn for.
         rows: int64 [T] for each part, the global indices of the rows that the next pass sees; counted from 0 where none are given.
     """
 
-    def __init__(self, p: float, seed: int = 0) -> None:
-        self.p, self.seed, self.step = p, seed, 0
+    def __init__(self, p: float, seed: int = 0, rule: str = "branch") -> None:
+        self.p, self.rule, self.seed, self.step = p, rule, seed, 0
         self.rows: dict[str, Tensor] = {}
 
     @_disable_dynamo  # the numbers are drawn block by block, each with constants of its layer and step
-    def __call__(self, x: Tensor, part: str, layer: int) -> Tensor:
-        """x [T, C] with values dropped and the others scaled by 1 / (1 - p). Every layer draws numbers of its own."""
-        rows = self.rows[part] if part in self.rows else torch.arange(x.shape[0], device=x.device)
+    def __call__(self, x: Tensor, part: str, layer: int, first: int = 0) -> Tensor:
+        """x [T, C], from row `first` of those in view, with values dropped and the others scaled by 1 / (1 - p).
+
+        Every layer draws numbers of its own.
+        """
+        first += first_row.get()
+        last = first + x.shape[0]
+        rows = self.rows[part][first:last] if part in self.rows else torch.arange(first, last, device=x.device)
         drawn = ops.uniform(self.seed ^ (layer + 1) << 40, self.step, rows, x.shape[1])
         return x * ((drawn >= 2 * self.p - 1) / (1 - self.p)).to(x.dtype)
 
@@ -95,12 +105,40 @@ class AdaptedLinear(nn.Module):
         return whole if self.magnitude is None else whole * (self.magnitude / self._norm())[:, None].to(whole.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = self.dropout(x, self.part, self.layer) if self.training and self.dropout.p else x
-        norm = None if self.magnitude is None else self._norm()
-        h, weight, bias = ops.linear(dropped, self.a.to(x.dtype)), self.base.weight, self.base.bias
-        if ops.dora_folds(x, weight):
-            return ops.dora_folded(x, h, weight, self.b, self.magnitude, norm, bias, scaling=self.scaling, rows=self.rows)
-        return ops.dora_combine(ops.linear(x, weight, bias), h, self._b().to(x.dtype), self.magnitude, norm, bias, scaling=self.scaling)
+        weight, bias = self.base.weight, self.base.bias
+        if self._base_sees_dropout or not ops.dora_folds(x, weight):
+            return self.add(x, ops.linear(x, weight, bias))
+        norm, h = None if self.magnitude is None else self._norm(), ops.linear(self._dropped(x), self.a.to(x.dtype))
+        return ops.dora_folded(x, h, weight, self.b, self.magnitude, norm, bias, scaling=self.scaling, rows=self.rows)
+
+    def add(self, x: Tensor, y: Tensor, first: int = 0) -> Tensor:
+        """The output for rows x of which the base makes y: all of the pass' rows, or some of them, from row `first`."""
+        dropped, norm = self._dropped(x, first), None if self.magnitude is None else self._norm()
+        h, b, bias = ops.linear(dropped, self.a.to(x.dtype)), self._b().to(x.dtype), self.base.bias
+        if self._base_sees_dropout:
+            seen = ops.linear(dropped, self.base.weight)
+            return y - seen + ops.dora_combine(seen, h, b, self.magnitude, norm, scaling=self.scaling)
+        return ops.dora_combine(y, h, b, self.magnitude, norm, bias, scaling=self.scaling)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout.p > 0
+
+    @property
+    def _base_sees_dropout(self) -> bool:
+        return self._drops and self.dropout.rule == "peft" and self.magnitude is not None
+
+    def _dropped(self, x: Tensor, first: int = 0) -> Tensor:
+        return self.dropout(x, self.part, self.layer, first) if self._drops else x
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """While weights stay as they are: the norm is computed once, and not in every pass."""
+        kept, self.norm = self.norm, None if self.magnitude is None else self._norm()
+        try:
+            yield
+        finally:
+            self.norm = kept
 
     def _b(self) -> Tensor:
         """B as it stands against the stacked A: block-diagonal [out, projections * rank]."""
@@ -112,54 +150,152 @@ class AdaptedLinear(nn.Module):
         return self._row_norm(self.base.weight, self.a, self.b, self.scaling, self.training, self.rows)
 
 
+class SwitchableLinear(nn.Module):
+    """A frozen Linear with several named adapters, of which each row takes one or none: input [T, in], output [T, out].
+
+    The base's product is one for all rows. `choice` is the model's.
+    """
+
+    def __init__(self, base: Linear, choice: Choice) -> None:
+        super().__init__()
+        self.base, self.choice, self.adapters = base, choice, nn.ModuleDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        runs = self.choice.runs(x.shape[0])
+        if len(runs) == 1:
+            return self.under(runs[0][0])(x)
+        counts, out, first = [count for _, count in runs], [], 0
+        bases = ops.linear(x, self.base.weight, self.base.bias).split(counts)
+        for (name, count), rows, y in zip(runs, x.split(counts), bases, strict=True):
+            out.append(self.adapters[name].add(rows, y, first) if name in self.adapters else y)
+            first += count
+        return torch.cat(out)
+
+    def under(self, name: str | None) -> AdaptedLinear | Linear:
+        """What stands for this layer where all rows take one adapter; the base for one that has nothing here."""
+        return self.adapters[name] if name in self.adapters else self.base
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the adapter that all rows take."""
+        assert self.choice.only
+        return self.under(self.choice.runs(0)[0][0]).weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
 def attach_adapters(
     model: Idefics2,
     *,
+    name: str | None = None,
     rank: int = 64,
     alpha: float = 16.0,
     dora: bool = True,
     targets: Sequence[str] = ("vision", "text"),
     dropout: float = 0.0,
+    dropout_rule: str = "branch",
     seed: int = 0,
 ) -> None:
-    """Freezes the model and gives the linear layers of some parts adapters to train, in place.
+    """Freezes the model, adapters that it carries included, and gives the linear layers of some parts an adapter to train, in place.
 
     Args:
+        name: of one adapter among several; it becomes the usual one, see `use_adapter`.
         targets: among "vision", "connector", "text" and "head".
-        dropout: of the adapters' branches, in training.
+        dropout: of what the adapters see, in training.
+        dropout_rule: "branch" (on the adapter's branch alone) or "peft" (PEFT 0.21's: DoRA's change of the base sees it as well).
         seed: of A and of the dropout.
 
     Raises:
-        ValueError: an unknown part; a model that carries adapters already; dropout where the model takes a matrix itself.
+        ValueError: an unknown part or rule; a model that carries adapters already, unless all have names; dropout where the model takes a
+            matrix itself.
     """
+    if dropout_rule not in RULES:
+        raise ValueError(f"dropout_rule is {dropout_rule!r}, expected one of {', '.join(RULES)}")
     for part in targets:
         if part not in PARTS:
             raise ValueError(f"targets has {part!r}, expected parts among {', '.join(PARTS)}")
     if dropout and {"connector", "head"} & set(targets):
         raise ValueError(f"dropout is {dropout}, expected 0 with adapters on connector or head: their matrices are used themselves")
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear) and _part(name) in targets]
+    check_name(model, name)
+    layers = [layer for layer in linears(model) if part_of(layer) in targets]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _attach(model, names, rank, alpha / rank, dora, Dropout(dropout, seed))
+        attach(model, name, layers, rank, alpha / rank, dora, Dropout(dropout, seed, dropout_rule))
 
 
-def _attach(model: Idefics2, names: Iterable[str], rank: int, scaling: float, dora: bool, dropout: Dropout) -> None:
-    if adapted(model):
-        raise ValueError("the model carries adapters already: merge_adapters first")
+def attach(model: Idefics2, name: str | None, layers: Iterable[str], rank: int, scaling: float, dora: bool, dropout: Dropout) -> None:
+    """Freezes the model and gives these layers an adapter, fresh. The caller has checked the name."""
     model.requires_grad_(False)
-    for layer, name in enumerate(names):
-        base = model.get_submodule(name)
-        rows = [view.shape[0] for _, view in model.hf_views(f"{name}.weight", base.weight)]
-        adapter = AdaptedLinear(base, rows, rank, scaling, dora, dropout, (_part(name), layer))
-        model.set_submodule(name, adapter.train(base.training))
+    for number, layer in enumerate(layers):
+        module = model.get_submodule(layer)
+        base = module.base if isinstance(module, SwitchableLinear) else module
+        rows = [view.shape[0] for _, view in model.hf_views(f"{layer}.weight", base.weight)]
+        adapter = AdaptedLinear(base, rows, rank, scaling, dora, dropout, (part_of(layer), number)).train(base.training)
+        if name is None:
+            model.set_submodule(layer, adapter)
+        else:
+            several = module if isinstance(module, SwitchableLinear) else SwitchableLinear(base, model.choice).train(base.training)
+            several.adapters[name] = adapter
+            model.set_submodule(layer, several)
+    if name is not None:
+        model.choice.names.append(name)
+        use_adapter(model, name)
+
+
+def check_name(model: Idefics2, name: str | None) -> None:
+    """Whether an adapter of this name can join those that the model carries."""
+    names = model.choice.names
+    if model.kept is not None:
+        raise ValueError("the model is merged with adapters that were kept: unmerge_adapters first")
+    if adapted(model) and (name is None or not names):
+        raise ValueError(f"the model carries adapters already, {', '.join(names) or 'without a name'}: merge_adapters first, or name each")
+    if name in names:
+        raise ValueError(f"the model carries adapters already, {', '.join(names)}: expected another name than {name!r}")
+    if name is not None and (not name or "." in name):
+        raise ValueError(f"an adapter's name is {name!r}, expected text without dots")
+
+
+def use_adapter(model: Idefics2, name: str | None) -> None:
+    """Makes a named adapter the usual one, which all documents take in batches without `adapters`; None for the base alone.
+
+    Raises:
+        ValueError: the model carries none of this name.
+    """
+    names = model.choice.names
+    if not names or name not in (*names, None):
+        raise ValueError(f"name is {name!r}, expected one of the model's adapters: {', '.join(names) or 'it carries none with a name'}")
+    model.choice.set()
+    model.choice.usual = name
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The model's layers with adapters, by name."""
+    """The model's layers with adapters, by their place: that of the layer, followed by `.adapters.` and the name where they have names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def _part(name: str) -> str | None:
+def layers_of(model: Idefics2, name: str | None) -> dict[str, AdaptedLinear]:
+    """The layers of one adapter, by the layers' own names.
+
+    Raises:
+        ValueError: the model carries none, or none of this name.
+    """
+    names = model.choice.names
+    if not adapted(model):
+        raise ValueError("the model carries no adapters: attach_adapters or load_adapters first")
+    if name not in (names or [None]):
+        raise ValueError(f"name is {name!r}, expected one of the model's adapters: {', '.join(names) or 'one without a name'}")
+    end = "" if name is None else f".adapters.{name}"
+    return {place.removesuffix(end): layer for place, layer in adapted(model).items() if place.endswith(end)}
+
+
+def linears(model: nn.Module) -> dict[str, Linear]:
+    """The linear layers that are, or can be, beneath adapters."""
+    return {name.removesuffix(".base"): module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def part_of(name: str) -> str | None:
     return next((part for part, prefix in PARTS.items() if name.startswith(prefix)), None)
 
 
@@ -195,144 +331,54 @@ def _overlap(rows: Sequence[int], first: int, last: int) -> list[int]:
     return [max(0, min(end, last) - max(end - count, first)) for end, count in zip(ends, rows, strict=True)]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What `unmerge_adapters` needs: by the layers' names the layers with their adapters, and the base's weights on the host."""
+
+    layers: dict[str, tuple[AdaptedLinear | SwitchableLinear, Tensor]]
+    names: list[str]
+    usual: str | None
+
+
 @torch.no_grad()
-def merge_adapters(model: Idefics2) -> None:
-    """Writes g * (W + s B A) into the weights and takes the adapters off, in place. The products are made in fp32."""
-    for name, layer in adapted(model).items():
-        base = layer.base
-        dtype = base.weight.dtype
-        layer.base = base.float()
-        base.weight.copy_(layer.weight)
-        model.set_submodule(name, base.to(dtype))
-
-
-# --- PEFT's format ---
-
-# config entries that change what an adapter computes, with the only value that the engine has
-PLAIN = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layer_replication": None,
-    "trainable_token_indices": None,
-}
-
-
-def save_adapters(model: Idefics2, path: str | os.PathLike[str], base: str = "") -> None:
-    """Writes the adapters, and whatever else is trained, as PEFT's `save_pretrained` would.
-
-    Weights that are trained whole stand in PEFT's `modules_to_save`. Sharded weights are gathered: every rank must call, rank 0 writes.
+def merge_adapters(model: Idefics2, name: str | None = None, *, keep: bool = False) -> None:
+    """Writes g * (W + s B A) into the weights and takes the adapters off, in place. The products are made in fp32.
 
     Args:
-        path: the folder; `base`: name or folder of the model they belong to.
+        name: the adapter, where they have names; the others go with it.
+        keep: adapters, and the base's weights in the host's memory, are kept for `unmerge_adapters`.
 
     Raises:
-        ValueError: a model without adapters.
+        ValueError: a model without adapters, or without this one.
     """
-    layers = adapted(model)
-    if not layers:
-        raise ValueError("the model carries no adapters: attach_adapters or load_adapters first")
-    tensors, targets = {}, []
-    for name, layer in layers.items():
-        views = model.hf_views(f"{name}.weight", layer.base.weight)
-        for index, (hf, rows) in enumerate(zip([hf for hf, _ in views], accumulate(layer.rows), strict=True)):
-            module = hf.removesuffix(".weight")
-            targets.append(module)
-            own = slice(rows - layer.rows[index], rows)
-            tensors[f"{module}.lora_A.weight"] = _whole(layer.a)[index * layer.rank : (index + 1) * layer.rank]
-            tensors[f"{module}.lora_B.weight"] = _whole(layer.b)[own]
-            if layer.magnitude is not None:
-                tensors[f"{module}.lora_magnitude_vector"] = _whole(layer.magnitude)[own]
-    trained = {name: _whole(tensor.detach()) for name, tensor in model.named_parameters() if tensor.requires_grad}
-    whole = {hf: view for name, tensor in trained.items() for hf, view in model.hf_views(name, tensor)}
-    tensors |= whole
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({PREFIX + name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
-        layer = next(iter(layers.values()))
-        config = PLAIN | {
-            "base_model_name_or_path": base or None,
-            "r": layer.rank,
-            "lora_alpha": layer.scaling * layer.rank,
-            "lora_dropout": layer.dropout.p,
-            "use_dora": layer.magnitude is not None,
-            "use_rslora": False,
-            "target_modules": targets,
-            "modules_to_save": _modules_of(whole) or None,
-            "task_type": None,
-            "inference_mode": True,
-        }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _modules_of(names: Iterable[str]) -> list[str]:
-    """The modules that PEFT is to keep whole: the connector, or the single module that a weight belongs to."""
-    return sorted({"connector" if ".connector." in name else name.rpartition(".")[0] for name in names})
+    layers, choice, kept = layers_of(model, name), model.choice, {}
+    for place, module in list(model.named_modules()):
+        if not isinstance(module, AdaptedLinear | SwitchableLinear) or ".adapters." in place:
+            continue
+        base, dtype = module.base, module.base.weight.dtype
+        if keep:
+            kept[place] = module, base.weight.detach().to("cpu", copy=True)
+        if place in layers:
+            base.float().weight.copy_(layers[place].weight)
+        model.set_submodule(place, base.to(dtype))
+    model.kept = Kept(kept, list(choice.names), choice.usual) if keep else None
+    choice.set()
+    choice.names.clear()
+    choice.usual = None
 
 
 @torch.no_grad()
-def load_adapters(model: Idefics2, path: str | os.PathLike[str]) -> None:
-    """Attaches the adapters of a folder in PEFT's format (LoRA, DoRA), and copies the weights that were trained whole, in place.
-
-    A fused layer of which only some projections have adapters gets neutral ones for the others.
+def unmerge_adapters(model: Idefics2) -> None:
+    """Undoes `merge_adapters(model, keep=True)`, in place: the base has the bits that it had, and carries its adapters again.
 
     Raises:
-        ValueError: no such folder, an adapter of another kind, or weights that are not this model's.
+        ValueError: nothing was merged, or it was not kept.
     """
-    config, tensors = _read_adapters(Path(path))
-    rank, dora = config["r"], bool(config.get("use_dora"))
-    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    targets = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
-    linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
-    views = {
-        name: [hf.removesuffix(".weight") for hf, _ in model.hf_views(f"{name}.weight", model.get_submodule(name).weight)]
-        for name in linears
-    }
-    chosen = [name for name in linears if _part(name) and targets & set(views[name])]
-    unknown = targets - {hf for name in chosen for hf in views[name]}
-    if unknown:
-        raise ValueError(f"{path} has adapters for {sorted(unknown)[0]} and {len(unknown) - 1} more, which this model does not adapt")
-    _attach(model, chosen, rank, scaling, dora, Dropout(0.0))
-    for name in chosen:
-        layer = model.get_submodule(name)
-        kinds = {"lora_A.weight": layer.a.split(rank), "lora_B.weight": layer.b.split(layer.rows)}
-        if dora:
-            kinds["lora_magnitude_vector"] = layer.magnitude.split(layer.rows)
-        for kind, parts in kinds.items():
-            for hf, part in zip(views[name], parts, strict=True):
-                if hf in targets:
-                    _copy(part, tensors, f"{hf}.{kind}", path)
-    whole = model.hf_tensors()
-    for name in [name for name in tensors if name in whole]:
-        _copy(whole[name], tensors, name, path)
-    if tensors:
-        raise ValueError(f"{path} has {sorted(tensors)[0]} and {len(tensors) - 1} more tensors that are not this model's")
-
-
-def _copy(target: Tensor, tensors: dict[str, Tensor], name: str, path: Any) -> None:
-    tensor = tensors.pop(name, None)
-    if tensor is None or tensor.shape != target.shape:
-        found = "nothing" if tensor is None else list(tensor.shape)
-        raise ValueError(f"{path} has {found} for {name}, expected {list(target.shape)}")
-    target.copy_(tensor)
-
-
-def _read_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors, by Hugging Face's names of the model."""
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise ValueError(f"no adapter at {folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE}")
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    for name, plain in PLAIN.items():
-        if config.get(name, plain) not in (plain, None):
-            raise ValueError(f"{folder / CONFIG_FILE} has {name} = {config[name]!r}, expected {plain!r}")
-    tensors = load_file(folder / WEIGHTS_FILE)  # PEFT saves an adapted head's own weights as well, as base_layer
-    return config, {name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
+    kept = model.kept
+    if kept is None:
+        raise ValueError("there is nothing to unmerge: expected merge_adapters(model, keep=True) before")
+    for place, (module, weight) in kept.layers.items():
+        module.base.weight.copy_(weight)
+        model.set_submodule(place, module.to(module.base.weight.device))
+    model.choice.names.extend(kept.names)
+    model.choice.usual, model.kept = kept.usual, None

@@ -30,6 +30,7 @@ class Batch:
         images: I segments over the P patches.
         image_rows: int64 [I * latents], where in the T tokens the image features go; None means the model looks for placeholders, empty
             that the features are computed and go nowhere (a rank of a trainer whose documents have no image).
+        adapters: D names of adapters that the documents take, None for the base alone; empty for the model's usual one.
         sample_keys: D names, one per document, for logs and for counter-based randomness.
         token_base: global index of the first token, so that noise is the same on any number of ranks.
         tokenizer: turns generated ids into text; None for batches made by hand.
@@ -47,6 +48,7 @@ class Batch:
     patch_positions: Tensor | None = None
     images: Segments | None = None
     image_rows: Tensor | None = None
+    adapters: tuple[str | None, ...] = ()
     sample_keys: tuple[str, ...] = ()
     token_base: int = 0
     tokenizer: Any = None
@@ -103,8 +105,9 @@ def _check(batch: Batch) -> None:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected [{tokens}] as token_ids")
     if batch.documents.total != tokens:
         raise ValueError(f"documents end at token {batch.documents.total}, expected {tokens}, the length of token_ids")
-    if batch.sample_keys and len(batch.sample_keys) != len(batch.documents):
-        raise ValueError(f"{len(batch.sample_keys)} sample_keys for {len(batch.documents)} documents")
+    for name in ("sample_keys", "adapters"):
+        if getattr(batch, name) and len(getattr(batch, name)) != len(batch.documents):
+            raise ValueError(f"{len(getattr(batch, name))} {name} for {len(batch.documents)} documents")
     given = [getattr(batch, name) is not None for name in ("patches", "patch_positions", "images")]
     if any(given) != all(given):
         raise ValueError("patches, patch_positions and images belong together: give all three or none")

@@ -56,6 +56,12 @@ class Verdict:
 Arguments = tuple[Sequence[Any], dict[str, Any]]
 
 
+def _segment_attention(draw: Callable[..., Tensor]) -> Arguments:
+    lengths, heads, head_dim = (301, 1, 70), 16, 72
+    q, k, v = draw(sum(lengths), 3, heads, head_dim).unbind(1)
+    return (q, k, v, Segments.of_lengths(lengths, device=q.device)), {"causal": False, "window": None, "scale": head_dim**-0.5}
+
+
 def _perceiver_attention(draw: Callable[..., Tensor]) -> Arguments:
     lengths, latents, heads, kv_heads, head_dim = (301, 1, 70), 64, 16, 4, 96
     images = len(lengths)
@@ -68,6 +74,12 @@ def _perceiver_context(draw: Callable[..., Tensor]) -> Arguments:
     return (draw(301, 512), draw(384, 512), 1e-5), {}
 
 
+def _dora_linear(draw: Callable[..., Tensor]) -> Arguments:
+    rows, width, out, rank = 4300, 1024, 1000, 16  # enough of them that no product is the library's
+    x, weight, a, b, magnitude, bias = (draw(*shape) for shape in ((rows, width), (out, width), (rank, width), (out, rank), (out,), (out,)))
+    return (x, weight, a, b, magnitude * 32, bias), {"scaling": 0.5}  # about as large as the rows' norms
+
+
 def _embedding(draw: Callable[..., Tensor]) -> Arguments:
     tokens, vocabulary, features = 101, 23, draw(20, 512)
     table = draw(vocabulary, 512)
@@ -76,11 +88,21 @@ def _embedding(draw: Callable[..., Tensor]) -> Arguments:
     return (every * 7 % vocabulary, table, features, every[5:25], noise), {}
 
 
+def _linear_cross_entropy(draw: Callable[..., Tensor]) -> Arguments:
+    rows, classes = 70, 4099
+    hidden, weight = draw(rows, 64), draw(classes, 64)
+    targets = torch.arange(rows, device=hidden.device) * 61 % classes
+    return (hidden, weight, targets.masked_fill(targets % 5 == 4, -100)), {"z_loss": 1e-3}
+
+
 # op -> its arguments, the tensors of floats among them drawn by a function of their shape
 CASES: dict[str, Callable[[Callable[..., Tensor]], Arguments]] = {
+    "segment_attention": _segment_attention,
     "perceiver_attention": _perceiver_attention,
     "perceiver_context": _perceiver_context,
+    "dora_linear": _dora_linear,
     "embedding": _embedding,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 
 
@@ -131,6 +153,7 @@ def _outputs(function: Callable[..., Tensor], op: str, device: torch.device, dra
 
     arguments, settings = CASES[op](draw)
     output = function(*arguments, **settings)
+    output = output if isinstance(output, Tensor) else output[0]  # what comes with it has no gradient
     cotangent = torch.randn(output.shape, generator=generator).to(drawn).to(device, dtype)
     return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
 

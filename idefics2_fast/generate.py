@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -81,29 +82,44 @@ def generate(
     bans = _Bans([_ids(word, batch.tokenizer) for word in bad_words], model.config.text.vocab_size, model.device)
     sequences = _sequences(model, batch, max_new_tokens, seed, strings)
     cache = KVCache(model.config.text, [len(s.prompt) + s.limit for s in sequences], dtype=model.dtype, device=model.device)
-    logits, active = prefill(model, batch, cache), list(range(len(sequences)))
-    rows = torch.tensor(active, device=model.device)
-    while active:
-        bans.apply(logits, [sequences[i] for i in active])
-        chosen = _choose(logits, [sequences[i].draw for i in active], temperature, top_p)
-        for index, token in zip(active, chosen.tolist(), strict=True):
-            if not sequences[index].finish:
-                _append(index, sequences[index], token, stop_ids, on_token)
-        running = [i for i in active if not sequences[i].finish]
-        if not running:
-            break
-        if model.device.type == "cpu" and len(running) < len(active):  # a captured graph keeps its shape; a CPU drops the finished
-            chosen = torch.tensor([sequences[i].tokens[-1] for i in running])
-            active, rows = running, torch.tensor(running)
-        logits = decode_step(model, cache, chosen, rows)
+    with _steady(model):
+        logits, active = prefill(model, batch, cache), list(range(len(sequences)))
+        rows = torch.tensor(active, device=model.device)
+        while active:
+            bans.apply(logits, [sequences[i] for i in active])
+            chosen = _choose(logits, [sequences[i].draw for i in active], temperature, top_p)
+            for index, token in zip(active, chosen.tolist(), strict=True):
+                if not sequences[index].finish:
+                    _append(index, sequences[index], token, stop_ids, on_token)
+            running = [i for i in active if not sequences[i].finish]
+            if not running:
+                break
+            if model.device.type == "cpu" and len(running) < len(active):  # a captured graph keeps its shape; a CPU drops the finished
+                chosen = torch.tensor([sequences[i].tokens[-1] for i in running])
+                active, rows = running, torch.tensor(running)
+            model.choice.set([batch.adapters[i] for i in active] if batch.adapters else (), [1] * len(active))
+            logits = decode_step(model, cache, chosen, rows)
     texts = None if batch.tokenizer is None else [s.text.text for s in sequences]
     return Generation([s.tokens for s in sequences], texts, [s.finish for s in sequences])
+
+
+@contextmanager
+def _steady(model: Idefics2) -> Iterator[None]:
+    """Weights stay as they are: what adapters derive from them is derived once, and not for each token."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if hasattr(module, "steady"):
+                stack.enter_context(module.steady())
+        yield
 
 
 def prefill(model: Idefics2, batch: Batch, cache: KVCache) -> Tensor:
     """Logits [D, vocab] after each document, whose keys and values enter the cache."""
     rotary = model.text_model.rotary(batch.positions, model.dtype)
-    hidden = model.text_model(model.embed(batch), rotary, cache.prefill(batch.documents))
+    x = model.embed(batch)
+    model.choice.set(batch.adapters, batch.documents.lengths)
+    hidden = model.text_model(x, rotary, cache.prefill(batch.documents))
+    model.choice.set(batch.adapters, [1] * len(batch.documents))
     return model.logits(hidden.index_select(0, batch.document_offsets[1:].to(torch.int64) - 1))
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from idefics2_fast import counters, ops, weights
-from idefics2_fast.batch import Batch, find_image_rows
+from idefics2_fast.batch import IGNORED, Batch, find_image_rows
 from idefics2_fast.config import Idefics2Config
 from idefics2_fast.connector import Connector
 from idefics2_fast.counters import Parts
 from idefics2_fast.generate import Generation, generate
+from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.language import TextModel
-from idefics2_fast.layers import Linear
+from idefics2_fast.layers import Choice, Linear
 from idefics2_fast.vision import VisionTower
 
 
@@ -39,6 +40,8 @@ class Idefics2(nn.Module):
         self.connector = Connector(config)
         self.text_model = TextModel(config.text)
         self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.choice = Choice()  # among named adapters, see adapters.py; `kept` is what merging them keeps
+        self.kept: Any = None
         if not self.lm_head.weight.is_meta:
             self.reset_parameters()
 
@@ -58,11 +61,11 @@ class Idefics2(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return getattr(self.lm_head, "base", self.lm_head).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return getattr(self.lm_head, "base", self.lm_head).weight.dtype
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [T, vocab] of every token of the batch."""
@@ -86,9 +89,21 @@ class Idefics2(nn.Module):
             noise: what training adds to the embeddings of a batch; see `ops.Noise.of`.
             z_loss: weight of the squared log of the softmax's denominator.
         """
-        hidden = self.hidden(batch, noise=noise).index_select(0, batch.answer_rows)
+        hidden = self.text_model.norm(self.hidden(batch, noise=noise).index_select(0, batch.answer_rows))
         targets = batch.labels.index_select(0, batch.answer_rows + 1)
-        return ops.linear_cross_entropy(self.text_model.norm(hidden), self.lm_head.weight, targets, z_loss=z_loss)
+        if self.choice.only or isinstance(self.lm_head, Linear):
+            return ops.linear_cross_entropy(hidden, self.lm_head.weight, targets, z_loss=z_loss)
+        total, count = 0, 0
+        for name in dict.fromkeys(batch.adapters):  # a head for each
+            own = targets.where(self._rows_of(name, batch), IGNORED)
+            of_name = ops.linear_cross_entropy(hidden, self.lm_head.under(name).weight, own, z_loss=z_loss)
+            total, count = total + of_name[0], count + of_name[1]
+        return total, count
+
+    def _rows_of(self, adapter: str | None, batch: Batch) -> Tensor:
+        """Which of the answer rows [R] belong to documents with this adapter."""
+        documents = torch.bucketize(batch.answer_rows, batch.document_offsets[1:].to(torch.int64), right=True)
+        return torch.tensor([name == adapter for name in batch.adapters], device=batch.device).index_select(0, documents)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] of hidden states [rows, C] before the last norm."""
@@ -102,7 +117,9 @@ class Idefics2(nn.Module):
             scale = text.head_dim**-0.5
             return ops.segment_attention(q, k, v, batch.documents, causal=True, window=text.sliding_window, scale=scale)
 
-        return self.text_model(self.embed(batch, noise=noise), self.text_model.rotary(batch.positions, self.dtype), attend)
+        x = self.embed(batch, noise=noise)
+        self.choice.set(batch.adapters, batch.documents.lengths)
+        return self.text_model(x, self.text_model.rotary(batch.positions, self.dtype), attend)
 
     def embed(self, batch: Batch, *, noise: ops.Noise | None = None) -> Tensor:
         """Token embeddings [T, C] with the image features in the placeholders' rows, and with noise where it is given.
@@ -117,9 +134,31 @@ class Idefics2(nn.Module):
         return self.text_model.embed_tokens(batch.token_ids, features, rows, noise)
 
     def encode_images(self, batch: Batch) -> Tensor:
-        """Image tokens [I * L, C] of the batch's images, in their order."""
-        features = self.vision_model(batch.patches, batch.patch_positions, batch.images)
-        return self.connector(features, batch.images)
+        """Image tokens [I * L, C] of the batch's images, in their order; those of each adapter's documents together."""
+        names, features, order = self._image_adapters(batch), [], []
+        if len(set(names)) < 2:
+            self.choice.set(names[:1], (1,))
+            return self._encode(batch.patches, batch.patch_positions, batch.images)
+        for name in dict.fromkeys(names):
+            self.choice.set((name,), (1,))
+            images = [image for image, own in enumerate(names) if own == name]
+            rows = torch.cat([torch.arange(*batch.images.bounds[image : image + 2]) for image in images]).to(batch.device)
+            segments = Segments.of_lengths([batch.images.lengths[image] for image in images], batch.device)
+            features.append(self._encode(batch.patches.index_select(0, rows), batch.patch_positions.index_select(0, rows), segments))
+            order += images
+        back = torch.tensor(order, device=batch.device).argsort()
+        return torch.cat(features).unflatten(0, (len(order), -1)).index_select(0, back).flatten(0, 1)
+
+    def _encode(self, patches: Tensor, positions: Tensor, images: Segments) -> Tensor:
+        return self.connector(self.vision_model(patches, positions, images), images)
+
+    def _image_adapters(self, batch: Batch) -> list[str | None]:
+        """The adapter of each image's document, None for an image that no token stands for; [] for the usual one."""
+        if not batch.adapters:
+            return []
+        firsts = self._image_rows(batch)[:: self.config.perceiver.n_latents].contiguous()
+        documents = torch.bucketize(firsts, batch.document_offsets[1:].to(torch.int64), right=True).tolist()
+        return [batch.adapters[document] for document in documents] + [None] * (len(batch.images) - len(documents))
 
     def _image_rows(self, batch: Batch) -> Tensor:
         images, latents = len(batch.images or ()), self.config.perceiver.n_latents

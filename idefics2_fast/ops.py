@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ def _flash_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, caus
     )
 
 
+def _triton_segments(*args: Any, **kwargs: Any) -> Tensor:
+    from idefics2_fast.kernels.segment_attention_triton import attend
+
+    return attend(*args, **kwargs)
+
+
 def _xformers_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None, scale: float) -> Tensor:
     from xformers.ops import fmha
 
@@ -87,10 +94,22 @@ def _flash_decode(q: Tensor, k: Tensor, v: Tensor, slots: Slots, *, window: int 
     )[:, 0]
 
 
+def _triton_dora_linear(*args: Any, **kwargs: Any) -> Tensor:
+    from idefics2_fast.kernels.dora_linear_triton import project
+
+    return project(*args, **kwargs)
+
+
 def _triton_embedding(*args: Any, **kwargs: Any) -> Tensor:
     from idefics2_fast.kernels.embedding_triton import embedding
 
     return embedding(*args, **kwargs)
+
+
+def _triton_linear_cross_entropy(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from idefics2_fast.kernels.linear_cross_entropy_triton import fused
+
+    return fused(*args, **kwargs)
 
 
 def _triton_perceiver_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -135,6 +154,11 @@ def _triton_attends(device: str, dtype: torch.dtype, width: int) -> bool:
     return _triton_runs(device, dtype, width) and dtype in (*_HALF, torch.float32) and width % 8 == 0 and width <= 128
 
 
+def _triton_attends_segments(device: str, dtype: torch.dtype, width: int) -> bool:
+    """Head dims such as 72, which flash-attention pads to the next multiple of 32: a third more work."""
+    return _triton_attends(device, dtype, width) and dtype in _HALF and width % 32 != 0
+
+
 def _triton_multiplies(device: str, dtype: torch.dtype, width: int) -> bool:
     return _triton_runs(device, dtype, width) and dtype in _HALF and width % 8 == 0
 
@@ -155,6 +179,10 @@ def _upcasts(device: str, dtype: torch.dtype, width: int) -> bool:
     return _linear.needs_upcast(device, dtype)
 
 
+def _triton_adapts(device: str, dtype: torch.dtype, width: int) -> bool:
+    return _triton_runs(device, dtype, width) and dtype == torch.bfloat16 and width % 8 == 0
+
+
 def _always(device: str, dtype: torch.dtype, width: int) -> bool:
     return True
 
@@ -164,6 +192,7 @@ Runs = Callable[[str, torch.dtype, int], bool]
 # op -> implementations in order of preference: name, does it run for (device type, dtype, width of the last axis), the function
 IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Any]]]] = {
     "segment_attention": {
+        "triton": (_triton_attends_segments, _triton_segments),
         "flash_attn": (_flash_runs, _flash_segments),
         "xformers": (_xformers_runs, _xformers_segments),
         "sdpa": (_always, _segment_attention.sdpa),
@@ -192,6 +221,7 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Any]]]] = {
         "reference": (_always, _linear.reference),
     },
     "dora_linear": {
+        "triton": (_triton_adapts, _triton_dora_linear),
         "factored": (_always, _dora_linear.factored),
         "reference": (_always, _dora_linear.reference),
     },
@@ -201,6 +231,7 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Any]]]] = {
         "reference": (_always, _rms_norm.reference),
     },
     "linear_cross_entropy": {
+        "triton": (_triton_runs, _triton_linear_cross_entropy),
         "chunked": (_always, _linear_cross_entropy.chunked),
         "reference": (_always, _linear_cross_entropy.reference),
     },
@@ -299,7 +330,7 @@ def dora_combine(
 
 def dora_folds(x: Tensor, weight: Tensor) -> bool:
     """Whether `dora_folded` is for rows like `x`. See `kernels/dora_linear.py`."""
-    return _dora_linear.folds(x, weight)
+    return _is_triton_dora(x, weight) or _dora_linear.folds(x, weight)
 
 
 def dora_folded(
@@ -312,18 +343,34 @@ def dora_folded(
     bias: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
-    """m / n * (W x + s B h) + bias of a frozen W, in training on a CPU. See `kernels/dora_linear.py`, for the settings too."""
-    return _dora_linear.folded(x, h, weight, b, magnitude, norm, bias, **settings)
+    """m / n * (W x + s B h) + bias of a frozen W: by Triton, or in training on a CPU. See `kernels/dora_linear.py`, for the settings too.
+
+    Triton's kernel for the whole is taken where `fuses` in `kernels/dora_linear_triton.py` predicts it to be no slower than the library's
+    product with passes over its result, which are taken elsewhere.
+    """
+    path = _dora_kernels() if _is_triton_dora(x, weight) else _dora_linear
+    return path.folded(x, h, weight, b, magnitude, norm, bias, **settings)
+
+
+def _is_triton_dora(x: Tensor, weight: Tensor) -> bool:
+    return choose("dora_linear", x) == "triton" and x.dtype == weight.dtype
+
+
+def _dora_kernels() -> ModuleType:
+    from idefics2_fast.kernels import dora_linear_triton
+
+    return dora_linear_triton
 
 
 def dora_square(weight: Tensor) -> Tensor:
     """||W||^2 of the rows, the part of DoRA's norm that an adapter does not change. See `kernels/dora_linear.py`."""
-    return _dora_linear.row_square(weight)
+    return (_dora_kernels() if choose("dora_linear", weight) == "triton" else _dora_linear).row_square(weight)
 
 
 def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float, square: Tensor | None = None) -> Tensor:
     """||W + s B A|| of the rows. See `kernels/dora_linear.py`."""
-    return _dora_linear.row_norm(weight, a, b, scaling, square)
+    path = _dora_kernels() if choose("dora_linear", weight) == "triton" else _dora_linear
+    return path.row_norm(weight, a, b, scaling, square)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

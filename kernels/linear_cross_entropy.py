@@ -9,7 +9,7 @@ Sum and count come back apart: what the sum is divided by is the caller's (all r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +61,7 @@ def chunked(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    _check(hidden, weight, targets, row_weights)
-    grad = torch.is_grad_enabled()
-    wanted = grad and hidden.requires_grad, grad and weight.requires_grad
-    total, _, _ = _forward(hidden, weight, targets, row_weights, ignore_index, z_loss, _product_dtype(hidden, weight), *wanted)
-    return total, (targets != ignore_index).sum()
+    return sum_and_count(_forward, hidden, weight, targets, row_weights, ignore_index, z_loss)
 
 
 def answer_rows(hidden: Tensor, labels: Tensor, *, shifted: bool = False, ignore_index: int = IGNORED) -> tuple[Tensor, Tensor]:
@@ -106,58 +102,101 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float32 if needs_upcast(device, dtype) else dtype
 
 
-@torch.library.custom_op("idefics2_fast::linear_cross_entropy", mutates_args=())
-def _forward(
+def sum_and_count(
+    op: Callable[..., tuple[Tensor, Tensor, Tensor]],
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     row_weights: Tensor | None,
     ignore_index: int,
     z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """`chunked` by an operator that `operator` has made."""
+    _check(hidden, weight, targets, row_weights)
+    grad = torch.is_grad_enabled()
+    wanted = grad and hidden.requires_grad, grad and weight.requires_grad
+    total, _, _ = op(hidden, weight, targets, row_weights, ignore_index, z_loss, _product_dtype(hidden, weight), *wanted)
+    return total, (targets != ignore_index).sum()
+
+
+# room(like, V, rows, dtype): memory for logits [V, rows]; losses(logits [V, r], targets, row_weights, ignore_index, z_loss, gradient): [r]
+Room = Callable[[Tensor, int, int, torch.dtype], Tensor]
+Losses = Callable[[Tensor, Tensor, Tensor | None, int, float, bool], Tensor]
+
+
+def operator(name: str, room: Room, losses: Losses) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """An operator of torch: the sum, and its gradients by hidden and weight, empty where not wanted, all at least fp32.
+
+    Args:
+        room, losses: where a chunk's logits are, in at least the products' precision, and how they become losses and their gradient.
+    """
+
+    @torch.library.custom_op(f"idefics2_fast::{name}", mutates_args=())
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        row_weights: Tensor | None,
+        ignore_index: int,
+        z_loss: float,
+        dtype: torch.dtype,
+        wants_hidden: bool,
+        wants_weight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = _outputs(hidden, weight, wants_hidden, wants_weight)
+
+        def losses_of(logits: Tensor, chunk: slice) -> Tensor:
+            factors = None if row_weights is None else row_weights[chunk]
+            return losses(logits, targets[chunk], factors, ignore_index, z_loss, wants_hidden or wants_weight)
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            _by_chunks(*outputs, hidden, weight, targets != ignore_index, dtype, room, losses_of)
+        return outputs
+
+    @forward.register_fake
+    def _(hidden, weight, targets, row_weights, ignore_index, z_loss, dtype, wants_hidden, wants_weight):
+        return _outputs(hidden, weight, wants_hidden, wants_weight)
+
+    forward.register_autograd(_backward, setup_context=_setup_context)
+    return forward
+
+
+def _by_chunks(
+    total: Tensor,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    counted: Tensor,
     dtype: torch.dtype,
-    wants_hidden: bool,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, and its gradients by hidden and weight, empty where not wanted, all at least fp32. `dtype` is the products'."""
-    total, grad_hidden, grad_weight = _fake(hidden, weight, targets, row_weights, ignore_index, z_loss, dtype, wants_hidden, wants_weight)
-    total.zero_()
-    grad_weight.zero_()
+    room: Room,
+    losses_of: Callable[[Tensor, slice], Tensor],
+) -> None:
+    """Fills the operator's outputs. `counted`: bool [R], the rows that count; `dtype`: the products'."""
     rows, classes = hidden.shape[0], weight.shape[0]
     chunks = -(-rows // max(1, LOGITS.get(hidden.device.type, MANY_LOGITS) // classes))
     size = _up(-(-rows // max(1, chunks)))
-    buffer = total.new_empty(classes, size)  # a column each row: W h^T is faster than h W^T on a CPU, and V may be odd
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, rows, max(1, size)):
-            chunk = slice(start, start + size)
-            counted = targets[chunk] != ignore_index
-            h = torch.where(counted[:, None], hidden[chunk], 0).to(dtype)  # a row that does not count may hold anything, NaN too
-            padded = F.pad(h, (0, 0, 0, _up(h.shape[0]) - h.shape[0]))
-            for block, wide in _blocks(weight, dtype):
-                _multiply(wide, padded.T, out=buffer[block, : padded.shape[0]])
-            logits = buffer[:, : h.shape[0]]
-            factors = None if row_weights is None else row_weights[chunk]
-            total += _losses(logits, targets[chunk], factors, ignore_index, z_loss, wants_hidden or wants_weight).sum()
-            if wants_hidden:
-                rows_of = buffer[:, : padded.shape[0]]  # a product of two or three rows would sum in another order, less exactly
-                grad_padded = sum(rows_of[block].T.to(dtype) @ wide for block, wide in _blocks(weight, dtype))
-                grad_hidden[chunk] = grad_padded[: h.shape[0]]
-            if wants_weight:
-                _multiply(logits.to(dtype), h, out=grad_weight, add=True)
-    return total, grad_hidden, grad_weight
+    buffer = room(total, classes, size, dtype)
+    total.zero_()
+    grad_weight.zero_()
+    for start in range(0, rows, max(1, size)):
+        chunk = slice(start, start + size)
+        h = torch.where(counted[chunk, None], hidden[chunk], 0).to(dtype)  # a row that does not count may hold anything, NaN too
+        padded = F.pad(h, (0, 0, 0, _up(h.shape[0]) - h.shape[0]))
+        for block, wide in _blocks(weight, dtype):
+            _multiply(wide, padded.T, out=buffer[block, : padded.shape[0]])
+        logits = buffer[:, : h.shape[0]]
+        total += losses_of(logits, chunk).sum()
+        if grad_hidden.ndim == 2:
+            rows_of = buffer[:, : padded.shape[0]]  # a product of two or three rows would sum in another order, less exactly
+            grad_padded = sum(rows_of[block].T.to(dtype) @ wide for block, wide in _blocks(weight, dtype))
+            grad_hidden[chunk] = grad_padded[: h.shape[0]]
+        if grad_weight.ndim == 2:
+            _multiply(logits.to(dtype), h, out=grad_weight, add=True)
 
 
-@_forward.register_fake
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_weights: Tensor | None,
-    ignore_index: int,
-    z_loss: float,
-    dtype: torch.dtype,
-    wants_hidden: bool,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what the operator returns."""
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     return (
         hidden.new_empty((), dtype=wide),
@@ -178,17 +217,14 @@ def _backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in made), *[None] * 7
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _up(rows: int) -> int:
     """The next multiple of `MULTIPLE`."""
     return -(-rows // MULTIPLE) * MULTIPLE
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """`weight` in `dtype`: as it is, or converted block by block."""
-    size = weight.shape[0] if weight.dtype == dtype else BLOCK
+    """`weight` in `dtype`: widened block by block, else whole, as sums of products in half precision would lose digits."""
+    size = BLOCK if weight.dtype.itemsize < dtype.itemsize else weight.shape[0]
     for start in range(0, weight.shape[0], size):
         block = slice(start, start + size)
         yield block, weight[block].to(dtype)
@@ -218,3 +254,11 @@ def _losses(logits: Tensor, targets: Tensor, row_weights: Tensor | None, ignore_
     if gradient:
         logits.mul_(weights * (1 + 2 * z_loss * lse) / denominator).scatter_add_(0, target, -weights[None])
     return losses
+
+
+def _room(like: Tensor, classes: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Memory for logits [V, rows], a column each row: W h^T is faster than h W^T on a CPU, and V may be odd."""
+    return like.new_empty(classes, rows)
+
+
+_forward = operator("linear_cross_entropy", _room, _losses)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idefics2_fast.kernels.attention_tiles import add_dot, columns, dot, pieces, store_columns, triton_dtype, whole
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.kernels.tuned import MULTIPROCESSORS, config
 
@@ -30,33 +31,6 @@ KEYS_PER_SPLIT = 256
 
 
 # --- device ---
-
-
-@triton.jit
-def _columns(pointer, rows, inside, STRIDE: tl.constexpr, H: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr):
-    """Columns FIRST to FIRST + D of rows at `pointer`; zeros beyond column H and where not `inside`."""
-    column = FIRST + tl.arange(0, D)
-    mask = inside[:, None]
-    if H < FIRST + D:
-        mask = mask & (column < H)[None, :]
-    return tl.load(pointer + rows[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_columns(pointer, rows, inside, values, STRIDE: tl.constexpr, H: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr):
-    column = FIRST + tl.arange(0, D)
-    mask = inside[:, None] & (column < H)[None, :]
-    tl.store(pointer + rows[:, None] * STRIDE + column[None, :], values.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dot(a, b, ACC: tl.constexpr):
-    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
-
-
-@triton.jit
-def _add_dot(a, b, acc, ACC: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=ACC)
 
 
 @triton.jit
@@ -82,19 +56,19 @@ def _attend(
     for start in range(first, last, BN):
         key = start + tl.arange(0, BN)
         inside = key < last
-        k1 = _columns(k, key, inside, STRIDE, H, 0, D1)
-        k2 = _columns(k, key, inside, STRIDE, H, D1, D2)
-        score = _add_dot(q2, tl.trans(k2), _dot(q1, tl.trans(k1), ACC), ACC)
+        k1 = columns(k, key, inside, STRIDE, H, 0, D1)
+        k2 = columns(k, key, inside, STRIDE, H, D1, D2)
+        score = add_dot(q2, tl.trans(k2), dot(q1, tl.trans(k1), ACC), ACC)
         score = tl.where(inside[None, :], score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1) * SCALE)
         weight = tl.exp2(score * SCALE - higher[:, None])
         rescale = tl.exp2(top - higher)
         total = total * rescale + tl.sum(weight, 1)
-        v1 = _columns(v, key, inside, STRIDE, H, 0, D1)
-        v2 = _columns(v, key, inside, STRIDE, H, D1, D2)
+        v1 = columns(v, key, inside, STRIDE, H, 0, D1)
+        v2 = columns(v, key, inside, STRIDE, H, D1, D2)
         weight = weight.to(v1.dtype)
-        o1 = _add_dot(weight, v1, o1 * rescale[:, None], ACC)
-        o2 = _add_dot(weight, v2, o2 * rescale[:, None], ACC)
+        o1 = add_dot(weight, v1, o1 * rescale[:, None], ACC)
+        o2 = add_dot(weight, v2, o2 * rescale[:, None], ACC)
         top = higher
     return top, total, o1, o2
 
@@ -115,8 +89,8 @@ def _forward(
     row = (tl.program_id(0) % BLOCKS) * BM + tl.arange(0, BM)
     valid = row < R
     q += (image * L * M + head) * (G * H)
-    q1 = _columns(q, _packed(row, M * G, G, H), valid, 1, H, 0, D1)
-    q2 = _columns(q, _packed(row, M * G, G, H), valid, 1, H, D1, D2)
+    q1 = columns(q, _packed(row, M * G, G, H), valid, 1, H, 0, D1)
+    q2 = columns(q, _packed(row, M * G, G, H), valid, 1, H, D1, D2)
     top = tl.full([BM], -float("inf"), ACC)
     total = tl.zeros([BM], ACC)
     o1, o2 = tl.zeros([BM, D1], ACC), tl.zeros([BM, D2], ACC)
@@ -134,8 +108,8 @@ def _forward(
         )
     at = ((image * M + head) * splits + split) * R
     inverse = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-    _store_columns(part + at * H, row, valid, o1 * inverse, H, H, 0, D1)
-    _store_columns(part + at * H, row, valid, o2 * inverse, H, H, D1, D2)
+    store_columns(part + at * H, row, valid, o1 * inverse, H, H, 0, D1)
+    store_columns(part + at * H, row, valid, o2 * inverse, H, H, D1, D2)
     tl.store(part_lse + at + row, top + tl.log2(total), mask=valid)
 
 
@@ -157,9 +131,9 @@ def _combine(
     for split in range(splits):
         weight = tl.exp2(tl.load(part_lse + at + split * R + row, mask=valid, other=0.0) - top)
         total += weight
-        o += weight[:, None] * _columns(part + (at + split * R) * H, row, valid, H, H, 0, WIDTH)
+        o += weight[:, None] * columns(part + (at + split * R) * H, row, valid, H, H, 0, WIDTH)
     out += (image * L * M + head) * (G * H)
-    _store_columns(out, _packed(row, M * G, G, H), valid, o / total[:, None], 1, H, 0, WIDTH)
+    store_columns(out, _packed(row, M * G, G, H), valid, o / total[:, None], 1, H, 0, WIDTH)
     tl.store(lse + (image * M + head) * R + row, top + tl.log2(total), mask=valid)
 
 
@@ -175,7 +149,7 @@ def _deltas(
     valid = row < R
     at = (image * L * M + head) * (G * H)
     where = _packed(row, M * G, G, H)
-    product = _columns(out + at, where, valid, 1, H, 0, WIDTH).to(ACC) * _columns(grad + at, where, valid, 1, H, 0, WIDTH).to(ACC)
+    product = columns(out + at, where, valid, 1, H, 0, WIDTH).to(ACC) * columns(grad + at, where, valid, 1, H, 0, WIDTH).to(ACC)
     tl.store(delta + (image * M + head) * R + row, tl.sum(product, 1), mask=valid)
 
 
@@ -188,16 +162,16 @@ def _gather_dq(
     for start in range(first, last, BN):
         key = start + tl.arange(0, BN)
         inside = key < last
-        k1 = _columns(k, key, inside, STRIDE, H, 0, D1)
-        k2 = _columns(k, key, inside, STRIDE, H, D1, D2)
-        v1 = _columns(v, key, inside, STRIDE, H, 0, D1)
-        v2 = _columns(v, key, inside, STRIDE, H, D1, D2)
-        score = _add_dot(q2, tl.trans(k2), _dot(q1, tl.trans(k1), ACC), ACC)
+        k1 = columns(k, key, inside, STRIDE, H, 0, D1)
+        k2 = columns(k, key, inside, STRIDE, H, D1, D2)
+        v1 = columns(v, key, inside, STRIDE, H, 0, D1)
+        v2 = columns(v, key, inside, STRIDE, H, D1, D2)
+        score = add_dot(q2, tl.trans(k2), dot(q1, tl.trans(k1), ACC), ACC)
         p = tl.where(inside[None, :], tl.exp2(score * SCALE - lse[:, None]), 0.0)
-        dp = _add_dot(g2, tl.trans(v2), _dot(g1, tl.trans(v1), ACC), ACC)
+        dp = add_dot(g2, tl.trans(v2), dot(g1, tl.trans(v1), ACC), ACC)
         ds = (p * (dp - delta[:, None])).to(k1.dtype)
-        d1 = _add_dot(ds, k1, d1, ACC)
-        d2 = _add_dot(ds, k2, d2, ACC)
+        d1 = add_dot(ds, k1, d1, ACC)
+        d2 = add_dot(ds, k2, d2, ACC)
     return d1, d2
 
 
@@ -216,8 +190,8 @@ def _backward_q(
     valid = row < R
     at = (image * L * M + head) * (G * H)
     where = _packed(row, M * G, G, H)
-    q1, q2 = _columns(q + at, where, valid, 1, H, 0, D1), _columns(q + at, where, valid, 1, H, D1, D2)
-    g1, g2 = _columns(grad + at, where, valid, 1, H, 0, D1), _columns(grad + at, where, valid, 1, H, D1, D2)
+    q1, q2 = columns(q + at, where, valid, 1, H, 0, D1), columns(q + at, where, valid, 1, H, D1, D2)
+    g1, g2 = columns(grad + at, where, valid, 1, H, 0, D1), columns(grad + at, where, valid, 1, H, D1, D2)
     at = (image * M + head) * R + row
     lse, delta = tl.load(lse + at, mask=valid, other=0.0), tl.load(delta + at, mask=valid, other=0.0)
     d1, d2 = tl.zeros([BM, D1], ACC), tl.zeros([BM, D2], ACC)
@@ -234,8 +208,8 @@ def _backward_q(
             q1, q2, g1, g2, lse, delta, k_latents + at, v_latents + at, 0, L, d1, d2, SCALE, LATENT_STRIDE, H, D1, D2, BN, ACC
         )
     part += (((image * M + head) * splits + split) * R) * H
-    _store_columns(part, row, valid, d1 * (SCALE * LN2), H, H, 0, D1)
-    _store_columns(part, row, valid, d2 * (SCALE * LN2), H, H, D1, D2)
+    store_columns(part, row, valid, d1 * (SCALE * LN2), H, H, 0, D1)
+    store_columns(part, row, valid, d2 * (SCALE * LN2), H, H, D1, D2)
 
 
 @triton.jit
@@ -251,9 +225,9 @@ def _sum_splits(
     part += (image * M + head) * splits * R * H
     total = tl.zeros([BM, WIDTH], ACC)
     for split in range(splits):
-        total += _columns(part + split * R * H, row, valid, H, H, 0, WIDTH)
+        total += columns(part + split * R * H, row, valid, H, H, 0, WIDTH)
     dq += (image * L * M + head) * (G * H)
-    _store_columns(dq, _packed(row, M * G, G, H), valid, total, 1, H, 0, WIDTH)
+    store_columns(dq, _packed(row, M * G, G, H), valid, total, 1, H, 0, WIDTH)
 
 
 @triton.jit
@@ -287,31 +261,31 @@ def _backward_kv(
     for start in range(tl.program_id(0) * BN, keys, tl.num_programs(0) * BN):
         key = start + tl.arange(0, BN)
         inside = key < keys
-        k1, k2 = _columns(k, key, inside, STRIDE, H, 0, D1), _columns(k, key, inside, STRIDE, H, D1, D2)
-        v1, v2 = _columns(v, key, inside, STRIDE, H, 0, D1), _columns(v, key, inside, STRIDE, H, D1, D2)
+        k1, k2 = columns(k, key, inside, STRIDE, H, 0, D1), columns(k, key, inside, STRIDE, H, D1, D2)
+        v1, v2 = columns(v, key, inside, STRIDE, H, 0, D1), columns(v, key, inside, STRIDE, H, D1, D2)
         dk1, dk2 = tl.zeros([BN, D1], ACC), tl.zeros([BN, D2], ACC)
         dv1, dv2 = tl.zeros([BN, D1], ACC), tl.zeros([BN, D2], ACC)
         for block in range(0, R, BM):
             row = block + tl.arange(0, BM)
             valid = row < R
             where = _packed(row, M * G, G, H)
-            q1, q2 = _columns(q, where, valid, 1, H, 0, D1), _columns(q, where, valid, 1, H, D1, D2)
-            g1, g2 = _columns(grad, where, valid, 1, H, 0, D1), _columns(grad, where, valid, 1, H, D1, D2)
+            q1, q2 = columns(q, where, valid, 1, H, 0, D1), columns(q, where, valid, 1, H, D1, D2)
+            g1, g2 = columns(grad, where, valid, 1, H, 0, D1), columns(grad, where, valid, 1, H, D1, D2)
             lse_block = tl.sum(tl.where(number == block // BM, lses, 0.0), 0)
             delta_block = tl.sum(tl.where(number == block // BM, deltas, 0.0), 0)
-            score = _add_dot(k2, tl.trans(q2), _dot(k1, tl.trans(q1), ACC), ACC)
+            score = add_dot(k2, tl.trans(q2), dot(k1, tl.trans(q1), ACC), ACC)
             p = tl.exp2(score * SCALE - lse_block[None, :])
             weight = p.to(g1.dtype)
-            dv1 = _add_dot(weight, g1, dv1, ACC)
-            dv2 = _add_dot(weight, g2, dv2, ACC)
-            dp = _add_dot(v2, tl.trans(g2), _dot(v1, tl.trans(g1), ACC), ACC)
+            dv1 = add_dot(weight, g1, dv1, ACC)
+            dv2 = add_dot(weight, g2, dv2, ACC)
+            dp = add_dot(v2, tl.trans(g2), dot(v1, tl.trans(g1), ACC), ACC)
             ds = (p * (dp - delta_block[None, :])).to(q1.dtype)
-            dk1 = _add_dot(ds, q1, dk1, ACC)
-            dk2 = _add_dot(ds, q2, dk2, ACC)
-        _store_columns(dk, key, inside, dk1 * (SCALE * LN2), M * H, H, 0, D1)
-        _store_columns(dk, key, inside, dk2 * (SCALE * LN2), M * H, H, D1, D2)
-        _store_columns(dv, key, inside, dv1, M * H, H, 0, D1)
-        _store_columns(dv, key, inside, dv2, M * H, H, D1, D2)
+            dk1 = add_dot(ds, q1, dk1, ACC)
+            dk2 = add_dot(ds, q2, dk2, ACC)
+        store_columns(dk, key, inside, dk1 * (SCALE * LN2), M * H, H, 0, D1)
+        store_columns(dk, key, inside, dk2 * (SCALE * LN2), M * H, H, D1, D2)
+        store_columns(dv, key, inside, dv1, M * H, H, 0, D1)
+        store_columns(dv, key, inside, dv2, M * H, H, D1, D2)
 
 
 # --- host ---
@@ -331,13 +305,13 @@ def forward(
     part_lse = q.new_empty(images, kv_heads, splits, rows, dtype=wide)
     _forward[(triton.cdiv(rows, tiles["BM"]) * splits, kv_heads, images)](
         q, k_context, v_context, k_latents, v_latents, offsets, part, part_lse, splits,
-        SCALE=scale / math.log(2), **shape, **_pieces(shape["H"]), CONTEXT_STRIDE=k_context.stride(0), LATENT_STRIDE=k_latents.stride(0),
-        ACC=_triton(wide), **tiles, enable_fp_fusion=True,
+        SCALE=scale / math.log(2), **shape, **pieces(shape["H"]), CONTEXT_STRIDE=k_context.stride(0), LATENT_STRIDE=k_latents.stride(0),
+        ACC=triton_dtype(wide), **tiles, enable_fp_fusion=True,
     )  # fmt: skip
     out, lse = torch.empty_like(q), q.new_empty(images, kv_heads, rows, dtype=wide)
     tiles = config(OP, "rows", q.dtype, shape["H"])
     _combine[(triton.cdiv(rows, tiles["BM"]), kv_heads, images)](
-        part, part_lse, out, lse, splits, **shape, **_whole(shape["H"]), ACC=_triton(wide), **tiles, enable_fp_fusion=True
+        part, part_lse, out, lse, splits, **shape, **whole(shape["H"]), ACC=triton_dtype(wide), **tiles, enable_fp_fusion=True
     )
     return out, lse
 
@@ -350,10 +324,10 @@ def backward(
     shape, images, kv_heads, rows = _shape(q, k_context, offsets)
     q, grad, context, latents = q.contiguous(), grad.contiguous(), _alike(k_context, v_context), _alike(k_latents, v_latents)
     delta = torch.empty_like(lse)
-    common = {**shape, "ACC": _triton(lse.dtype), "enable_fp_fusion": True}
+    common = {**shape, "ACC": triton_dtype(lse.dtype), "enable_fp_fusion": True}
     tiles = config(OP, "rows", q.dtype, shape["H"])
     row_grid = (triton.cdiv(rows, tiles["BM"]), kv_heads, images)
-    _deltas[row_grid](out, grad, delta, **common, **_whole(shape["H"]), **tiles)
+    _deltas[row_grid](out, grad, delta, **common, **whole(shape["H"]), **tiles)
 
     scales = {"SCALE": scale / math.log(2), "LN2": math.log(2)}
     gradients = []
@@ -362,7 +336,7 @@ def backward(
         block = config(OP, "backward_kv", q.dtype, shape["H"])
         _backward_kv[(max(1, triton.cdiv(length, block["BN"])), kv_heads, images)](
             q, *keys_values, offsets, grad, lse, delta, *made,
-            **scales, **common, **_pieces(shape["H"]), STRIDE=keys_values[0].stride(0), OWN=own, **block,
+            **scales, **common, **pieces(shape["H"]), STRIDE=keys_values[0].stride(0), OWN=own, **block,
         )  # fmt: skip
         gradients += made
 
@@ -371,10 +345,10 @@ def backward(
     part = lse.new_empty(images, kv_heads, splits, rows, shape["H"])
     _backward_q[(triton.cdiv(rows, block["BM"]) * splits, kv_heads, images)](
         q, *context, *latents, offsets, grad, lse, delta, part, splits,
-        **scales, **common, **_pieces(shape["H"]), CONTEXT_STRIDE=context[0].stride(0), LATENT_STRIDE=latents[0].stride(0), **block,
+        **scales, **common, **pieces(shape["H"]), CONTEXT_STRIDE=context[0].stride(0), LATENT_STRIDE=latents[0].stride(0), **block,
     )  # fmt: skip
     dq = torch.empty_like(q)
-    _sum_splits[row_grid](part, dq, splits, **common, **_whole(shape["H"]), **tiles)
+    _sum_splits[row_grid](part, dq, splits, **common, **whole(shape["H"]), **tiles)
     return dq, *gradients
 
 
@@ -383,16 +357,6 @@ def _shape(q: Tensor, k_context: Tensor, offsets: Tensor) -> tuple[dict[str, int
     images, (heads, dim), kv_heads = offsets.shape[0] - 1, q.shape[1:], k_context.shape[1]
     shape = {"L": q.shape[0] // images, "G": heads // kv_heads, "M": kv_heads, "H": dim}
     return shape, images, kv_heads, shape["G"] * shape["L"]
-
-
-def _pieces(dim: int) -> dict[str, int]:
-    """A head dim as two powers of two, each at least 16: 96 = 64 + 32, 72 = 64 + 16 (8 of them padding), 128 = 64 + 64."""
-    first = max(16, triton.next_power_of_2(dim) // 2)
-    return {"D1": first, "D2": max(16, triton.next_power_of_2(dim - first) if dim > first else 0)}
-
-
-def _whole(dim: int) -> dict[str, int]:
-    return {"WIDTH": triton.next_power_of_2(dim)}
 
 
 def _splits(programs: int, longest: int) -> int:
@@ -404,10 +368,6 @@ def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [rows, M, H] whose rows have one stride and are dense, as views of one product are; else copies that are."""
     dense = all(x.stride()[1:] == (x.shape[2], 1) for x in (k, v)) and k.stride(0) == v.stride(0)
     return (k, v) if dense else (k.contiguous(), v.contiguous())
-
-
-def _triton(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]
 
 
 # --- the op ---

@@ -13,6 +13,44 @@ MULTIPROCESSORS = 132
 Config = dict[str, int]
 
 CONFIGS: dict[str, dict[str, dict[str, Config]]] = {
+    "dora_linear": {
+        "square": {
+            "half 65536": {"BM": 4, "BN": 1024, "num_warps": 4, "num_stages": 1},
+            "float 65536": {"BM": 4, "BN": 512, "num_warps": 4, "num_stages": 1},
+        },
+        "cross": {
+            "half 16": {"BM": 128, "BN": 16, "BK": 64, "num_warps": 4, "num_stages": 5},
+            "half 64": {"BM": 256, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 4},
+            "half 65536": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
+            "float 65536": {"BM": 32, "BN": 16, "BK": 32, "num_warps": 4, "num_stages": 2},
+        },
+        "norm": {
+            "half 65536": {"BM": 16, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 1},
+            "float 65536": {"BM": 16, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 1},
+        },
+        "forward": {
+            "half 65536": {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3},
+            "float 65536": {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2},
+        },
+        "backward_gain": {
+            "half 65536": {"ROWS": 128, "BM": 16, "BN": 256, "num_warps": 4, "num_stages": 1},
+            "float 65536": {"ROWS": 64, "BM": 16, "BN": 128, "num_warps": 4, "num_stages": 1},
+        },
+        "backward_lost": {
+            "half 65536": {"BM": 16, "BN": 256, "num_warps": 4, "num_stages": 1},
+            "float 65536": {"BM": 16, "BN": 128, "num_warps": 4, "num_stages": 1},
+        },
+        "backward_x": {
+            "half 65536": {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3},
+            "float 65536": {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2},
+        },
+        "outer": {
+            "half 16": {"BM": 128, "BN": 16, "BK": 64, "num_warps": 4, "num_stages": 4},
+            "half 64": {"BM": 128, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
+            "half 65536": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+            "float 65536": {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2},
+        },
+    },
     "embedding": {
         "forward": {
             "half 256": {"BLOCK": 256, "num_warps": 1, "num_stages": 1},
@@ -27,6 +65,16 @@ CONFIGS: dict[str, dict[str, dict[str, Config]]] = {
             "half 65536": {"BLOCK": 4096, "ROWS": 2, "num_warps": 2, "num_stages": 1},
             "float 256": {"BLOCK": 256, "ROWS": 8, "num_warps": 1, "num_stages": 1},
             "float 65536": {"BLOCK": 2048, "ROWS": 2, "num_warps": 2, "num_stages": 1},
+        },
+    },
+    "linear_cross_entropy": {
+        "softmax": {
+            "half 4096": {"BLOCK": 4096, "num_warps": 4, "num_stages": 1},
+            "half 32768": {"BLOCK": 32768, "num_warps": 16, "num_stages": 1},
+            "half 1048576": {"BLOCK": 16384, "num_warps": 16, "num_stages": 1},
+            "float 4096": {"BLOCK": 4096, "num_warps": 4, "num_stages": 1},
+            "float 32768": {"BLOCK": 32768, "num_warps": 32, "num_stages": 1},
+            "float 1048576": {"BLOCK": 16384, "num_warps": 16, "num_stages": 1},
         },
     },
     "perceiver_attention": {
@@ -67,6 +115,27 @@ CONFIGS: dict[str, dict[str, dict[str, Config]]] = {
         "backward_weight": {
             "half 16384": {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3},
             "float 16384": {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 2},
+        },
+    },
+    "segment_attention": {
+        "forward": {
+            "half 72": {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 2},
+            "half 128": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+            "float 128": {"BM": 32, "BN": 16, "num_warps": 8, "num_stages": 1},
+        },
+        "backward_q": {
+            "half 72": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+            "half 128": {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2},
+            "float 128": {"BM": 32, "BN": 16, "num_warps": 4, "num_stages": 1},
+        },
+        "backward_kv": {
+            "half 72": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+            "half 128": {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
+            "float 128": {"BM": 16, "BN": 16, "num_warps": 4, "num_stages": 1},
+        },
+        "rows": {
+            "half 128": {"BM": 16, "num_warps": 4, "num_stages": 1},
+            "float 128": {"BM": 16, "num_warps": 4, "num_stages": 1},
         },
     },
 }

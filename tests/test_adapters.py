@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from support.hf import engine_of, sample, to_batch, to_hf
+from torch import nn
 
-from idefics2_fast import Idefics2Config
-from idefics2_fast.adapters import adapted, attach_adapters, load_adapters, merge_adapters, refresh_norms, save_adapters
+from idefics2_fast import Batch, Idefics2, Idefics2Config
+from idefics2_fast.adapter_files import load_adapters, save_adapters
+from idefics2_fast.adapters import (
+    AdaptedLinear,
+    Dropout,
+    adapted,
+    attach_adapters,
+    merge_adapters,
+    refresh_norms,
+    unmerge_adapters,
+    use_adapter,
+)
 from idefics2_fast.benchmarks.local_checkpoint import random_model
+from idefics2_fast.layers import Linear
 
 CONFIG = Idefics2Config.named("tiny")
 VISION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -130,6 +143,325 @@ def test_norms_that_are_kept_change_when_they_are_refreshed():
     refresh_norms(engine)
     dense = layer.base.weight + layer.scaling * torch.block_diag(*layer.b.split(layer.rows)) @ layer.a
     torch.testing.assert_close(layer.norm, dense.detach().norm(dim=1), rtol=1e-5, atol=0)
+
+
+# --- several on one base ---
+
+EVERYWHERE = ("vision", "connector", "text", "head")
+KINDS = {"fr": {"rank": 4, "targets": EVERYWHERE}, "de": {"rank": 2, "dora": False, "targets": ("text", "vision")}}
+
+
+def base_model() -> Idefics2:
+    torch.manual_seed(0)
+    return Idefics2(CONFIG).eval()
+
+
+def moved(model: Idefics2, name: str | None, seed: int, **kind) -> None:
+    """An adapter as after some training."""
+    attach_adapters(model, name=name, alpha=6, **kind)
+    draw = torch.Generator().manual_seed(seed)
+    for place, layer in adapted(model).items():
+        if name is None or place.endswith(f".{name}"):
+            layer.b.data.normal_(std=0.1, generator=draw)
+            if layer.magnitude is not None:
+                layer.magnitude.data.mul_(1 + 0.2 * torch.randn(layer.magnitude.shape, generator=draw))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> tuple[Idefics2, dict[str | None, Idefics2]]:
+    """A model with two named adapters, and models that carry nothing but one of them, or none, read from a folder."""
+    model, folder = base_model(), tmp_path_factory.mktemp("adapters")
+    alone = {None: base_model()}
+    for seed, (name, kind) in enumerate(KINDS.items()):
+        moved(model, name, seed, **kind)
+        model.requires_grad_(False)
+        save_adapters(model, folder / name, name=name)
+        load_adapters(alone.setdefault(name, base_model()), folder / name)
+    return model, alone
+
+
+def documents(*names: str | None, text: int = 6, pictures: bool = True) -> tuple[Batch, list[Batch]]:
+    """Documents with images of different sizes and without, in one batch and each in one of its own; the last tokens are trained."""
+    sizes = [[(392, 420)], [], [(378, 392), (420, 378)], [(378, 378)]]
+    samples = [sample(sizes[index] if pictures else [], CONFIG, text=text + index, seed=index) for index in range(len(names))]
+    labels = [[-100] * (len(s.tokens) - 4) + s.tokens[-4:] for s in samples]
+    packed = replace(to_batch(samples, CONFIG, labels=labels), adapters=names)
+    return packed, [to_batch([s], CONFIG, labels=[own]) for s, own in zip(samples, labels, strict=True)]
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * expected.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("names", [("fr", "de", None), ("de", "fr", "fr", "de")])
+def test_documents_with_adapters_of_their_own_give_what_each_gives_alone(several, names):
+    model, alone = several
+    packed, each = documents(*names)
+    with torch.no_grad():
+        actual = model(packed).split(packed.documents.lengths)
+        expected = [alone[name](batch) for name, batch in zip(names, each, strict=True)]
+        for ours, theirs in zip(actual, expected, strict=True):
+            near(ours, theirs)
+        assert (expected[0] - alone[None](each[0])).abs().max() > 0.01, "the adapters change something"
+
+
+def test_documents_longer_than_a_block_of_rows(several):
+    """Without gradients row-wise work runs in blocks of 512 rows, whose borders are not the documents'."""
+    model, alone = several
+    names = ("fr", "de", "fr")
+    packed, each = documents(*names, text=399, pictures=False)
+    assert packed.documents.total > 1024
+    with torch.no_grad():
+        for ours, name, batch in zip(model.hidden(packed).split(packed.documents.lengths), names, each, strict=True):
+            near(ours, alone[name].hidden(batch))
+
+
+def trained_gradients(model: Idefics2, batch: Batch, end: str = "") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The summed loss, and the gradients of one adapter, by the names that they have in a model with no other."""
+    model.zero_grad()
+    total, count = model.loss_sum(batch)
+    assert count == 4 * len(batch.documents)
+    total.backward()
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total.detach(), {name.replace(end, ""): grad for name, grad in named.items() if end in name}
+
+
+def test_loss_and_gradients_of_a_mixed_batch_are_those_of_its_documents(several):
+    model, alone = several
+    names = ("fr", "de", "fr", None)
+    packed, each = documents(*names)
+    for one in (model, *alone.values()):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_(name.endswith((".a", ".b", ".magnitude")))
+    try:
+        total, expected, checked = 0, {"fr": {}, "de": {}}, 0
+        for name, batch in zip(names, each, strict=True):
+            if name is None:
+                total += alone[name].loss_sum(batch)[0]
+                continue
+            loss, grads = trained_gradients(alone[name], batch)
+            total += loss
+            for place, grad in grads.items():
+                expected[name][place] = expected[name].get(place, 0) + grad
+        for name, theirs in expected.items():
+            loss, ours = trained_gradients(model, packed, f".adapters.{name}")
+            near(loss, total)
+            assert ours.keys() == theirs.keys()
+            for place, grad in theirs.items():
+                torch.testing.assert_close(ours[place], grad, rtol=0, atol=1e-4 * grad.abs().max().item() + 1e-7, msg=place)
+                checked += 1
+        assert checked > 100
+    finally:
+        for one in (model, *alone.values()):
+            one.requires_grad_(False)
+
+
+def test_served_unmerged_each_document_is_continued_as_by_its_own_model(several):
+    """Greedy, with documents that end at different steps."""
+    model, alone = several
+    names = ("fr", None, "de", "fr")
+    packed, each = documents(*names)
+    expected = [alone[name].generate(batch, max_new_tokens=6, stop_tokens=[]).tokens[0] for name, batch in zip(names, each, strict=True)]
+    stop = [expected[0][2]]
+    ended = [tokens[: tokens.index(stop[0]) + 1] if stop[0] in tokens else tokens for tokens in expected]
+    assert model.generate(packed, max_new_tokens=6, stop_tokens=[]).tokens == expected
+    assert model.generate(packed, max_new_tokens=6, stop_tokens=stop).tokens == ended
+    assert len({tuple(tokens) for tokens in expected}) > 1
+
+
+def test_generating_derives_norms_once_and_forgets_them(several, monkeypatch):
+    model, _ = several
+    packed, _ = documents("fr", "de", pictures=False)
+    derived = []
+    norm = AdaptedLinear._norm
+    monkeypatch.setattr(AdaptedLinear, "_norm", lambda layer: derived.append(layer.norm is None) or norm(layer))
+    model.generate(packed, max_new_tokens=3, stop_tokens=[])
+    with_magnitude = [layer for layer in adapted(model).values() if layer.magnitude is not None]
+    assert sum(derived) == len(with_magnitude) > 10
+    assert all(layer.norm is None for layer in with_magnitude)
+
+
+def test_the_usual_adapter_is_that_of_batches_that_do_not_say(several):
+    model, alone = several
+    _, (batch, *_) = documents("fr")
+    with torch.no_grad():
+        for name in ("fr", None, "de"):
+            use_adapter(model, name)
+            near(model(batch), alone[name](batch))
+        near(model(replace(batch, adapters=("fr",))), alone["fr"](batch))
+        near(model(batch), alone["de"](batch))
+
+
+def test_an_adapter_trains_beside_another_that_is_frozen():
+    model = base_model()
+    moved(model, "fr", 0, rank=2)
+    attach_adapters(model, name="de", rank=2)
+    refresh_norms(model)
+    packed, _ = documents("fr", "de", pictures=False)
+    _, grads = trained_gradients(model, packed)
+    assert grads
+    assert all(".adapters.de." in name for name in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [None, "fr"])
+def test_unmerging_gives_the_bits_back(dtype, name):
+    model = base_model().to(dtype)
+    moved(model, name, 0, rank=4, targets=EVERYWHERE)
+    if name is not None:
+        moved(model, "de", 1, rank=2)
+        use_adapter(model, name)
+    _, (batch, *_) = documents(None)
+    weights = {place: weight.clone() for place, weight in model.hf_tensors().items()}
+    with torch.no_grad():
+        before = model(batch)
+        merge_adapters(model, name, keep=True)
+        assert not adapted(model)
+        assert isinstance(model.lm_head, Linear)
+        merged = model(batch)
+        assert not torch.equal(merged, before)
+        torch.testing.assert_close(
+            merged.float(), before.float(), rtol=0, atol=(2e-5 if dtype == torch.float32 else 0.1) * before.abs().max().item()
+        )
+        unmerge_adapters(model)
+        assert torch.equal(model(batch), before)
+    assert all(torch.equal(weight, weights[place]) for place, weight in model.hf_tensors().items())
+    with pytest.raises(ValueError, match="nothing to unmerge"):
+        unmerge_adapters(model)
+
+
+# --- dropout ---
+
+
+class Dropped(nn.Module):
+    """PEFT's dropout replaced by the engine's numbers."""
+
+    def __init__(self, dropout: Dropout) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(x, "text", 0)
+
+
+def beside_peft(rule: str, dora: bool, bias: bool) -> list[list[torch.Tensor]]:
+    """Output and gradients (x, A, B, magnitude) of the engine's layer and of PEFT's, in training, the same numbers dropped."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base, dropout = Linear(12, 20, bias=bias).double(), Dropout(0.4, seed=1, rule=rule)
+    for parameter in base.parameters():
+        parameter.data.normal_()
+    theirs = nn.Sequential(nn.Linear(12, 20, bias=bias).double())
+    theirs[0].load_state_dict(base.state_dict())
+    wrapped = get_peft_model(
+        theirs, LoraConfig(r=3, lora_alpha=6, use_dora=dora, lora_dropout=0.4, target_modules=["0"]), autocast_adapter_dtype=False
+    )
+    peft = wrapped.base_model.model[0].double().train()
+    peft.lora_dropout["default"] = Dropped(dropout)
+    ours = AdaptedLinear(base.requires_grad_(False), [20], 3, 2.0, dora, dropout, ("text", 0)).double().train()
+    ours.b.data.normal_()
+    pairs = [(ours.a, peft.lora_A["default"].weight), (ours.b, peft.lora_B["default"].weight)]
+    if dora:
+        ours.magnitude.data.mul_(1.3)
+        pairs.append((ours.magnitude, peft.lora_magnitude_vector["default"].weight))
+    results = []
+    for layer, leaves in ((ours, [mine for mine, _ in pairs]), (peft, [other for _, other in pairs])):
+        for mine, other in pairs:
+            other.data.copy_(mine.data)
+        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *leaves])])
+    return results
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_pefts_rule_of_dropout(dora, bias):
+    """Output and every gradient are PEFT's, value by value; under the other rule they are with LoRA, and not with DoRA."""
+    for ours, theirs in zip(*beside_peft("peft", dora, bias), strict=True):
+        torch.testing.assert_close(ours, theirs.to(ours), rtol=0, atol=1e-6 * theirs.abs().max().item())
+    ours, theirs = (results[0] for results in beside_peft("branch", dora, bias))
+    assert ((ours - theirs).abs().max() < 1e-6) == (not dora)
+
+
+def test_both_rules_mean_the_same_without_dropout():
+    """The mean over many draws is the output without dropout: what is dropped is made up for."""
+    torch.manual_seed(0)
+    base = Linear(12, 20)
+    for parameter in base.parameters():
+        parameter.data.normal_()
+    x = torch.randn(1, 12).repeat(40000, 1)
+    for rule in ("branch", "peft"):
+        layer = AdaptedLinear(base.requires_grad_(False), [20], 3, 2.0, True, Dropout(0.3, rule=rule), ("text", 0))
+        layer.b.data.normal_(std=0.3)
+        layer.magnitude.data.mul_(1.2)
+        with torch.no_grad():
+            expected, drawn = layer.eval()(x[:1]), layer.train()(x)
+        assert ((drawn.mean(0) - expected[0]).abs() <= 5 * drawn.std(0) / 200).all()
+        assert (drawn.std(0) > 0.1).all()
+
+
+@pytest.mark.parametrize("rule", ["branch", "peft"])
+def test_what_a_document_drops_does_not_depend_on_its_neighbours_adapter(rule):
+    model = base_model()
+    for name in ("fr", "de"):
+        moved(model, name, 0, rank=2, targets=("text",), dropout=0.5, dropout_rule=rule)
+    model.train()
+    packed, _ = documents("fr", "de", pictures=False)
+    batches = (replace(packed, adapters=names) for names in (("de", "de"), ("fr", "de")))
+    alone, beside = (model.hidden(batch).split(packed.documents.lengths)[1] for batch in batches)
+    near(beside, alone)
+    assert (model.eval().hidden(packed).split(packed.documents.lengths)[1] - alone).abs().max() > 0.01
+
+
+def test_a_rule_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="dropout_rule is 'base', expected one of branch, peft"):
+        attach_adapters(base_model(), dropout_rule="base")
+
+
+def test_mistakes_with_names_are_named(tmp_path):
+    model = base_model()
+    packed, (batch, *_) = documents("fr", "it", pictures=False)
+    with pytest.raises(ValueError, match="asks for adapter 'fr', the model carries none with a name"):
+        model(packed)
+    moved(model, "fr", 0, rank=2, targets=("text",))
+    for name, message in (
+        (None, "merge_adapters first, or name each"),
+        ("fr", "another name than 'fr'"),
+        ("v1.2", "without dots"),
+        ("", "''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach_adapters(model, name=name)
+    with pytest.raises(ValueError, match="asks for adapter 'it', the model carries fr"):
+        model(packed)
+    for call in (lambda: save_adapters(model, tmp_path), lambda: merge_adapters(model), lambda: use_adapter(model, "it")):
+        with pytest.raises(ValueError, match="expected one of the model's adapters: fr"):
+            call()
+    with pytest.raises(ValueError, match="2 adapters for 1 documents"):
+        replace(batch, adapters=("fr", "fr"))
+    merge_adapters(model, "fr", keep=True)
+    with pytest.raises(ValueError, match="unmerge_adapters first"):
+        attach_adapters(model)
+
+
+def test_adapters_with_weights_of_their_own_share_them(tmp_path):
+    """Weights trained whole are the base's: a second adapter may bring the same, and no others."""
+    model = base_model()
+    for name, factor in (("fr", 1.5), ("de", 1.0), ("it", 2.0)):
+        other = base_model()
+        attach_adapters(other, rank=2, targets=("text",))
+        other.connector.perceiver_resampler.latents.requires_grad_(True).data.mul_(1.5 if name == "de" else factor)
+        save_adapters(other, tmp_path / name)
+    for name in ("fr", "de"):
+        load_adapters(model, tmp_path / name, name=name)
+    assert torch.equal(model.connector.perceiver_resampler.latents, base_model().connector.perceiver_resampler.latents * 1.5)
+    with pytest.raises(ValueError, match="latents of its own, expected that of fr, de"):
+        load_adapters(model, tmp_path / "it", name="it")
+
+
+# --- mistakes ---
 
 
 @pytest.mark.parametrize(

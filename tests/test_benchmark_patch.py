@@ -124,6 +124,7 @@ def test_a_step_is_taken_and_the_next_begins_where_it_began(load):
     assert all(torch.equal(value, first[name]) for name, value in gradients_of(step).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [TunedStep, PatchedStep])
 def test_norms_are_those_of_each_steps_weights(load, made):
     step, plain, check = made(load()), Step(load()), near_first()
@@ -170,6 +171,7 @@ def test_parts_of_the_patch_are_switched_on_alone():
     assert on == [{"attention", "perceiver"}, {"dora"}, {"fused_linear_cross_entropy"}]
 
 
+@pytest.mark.slow
 def test_parts_of_the_patch_have_the_same_gradients():
     case = patch.ablation_case("tiny", CPU)
     given = outputs(case)
@@ -177,6 +179,7 @@ def test_parts_of_the_patch_have_the_same_gradients():
     assert {name: case.check(name, output) for name, output in given.items()} == dict.fromkeys(given, "")
 
 
+@pytest.mark.slow
 def test_a_step_alone_is_the_same_step_and_taken_once(load, monkeypatch):
     call = one_step_alone("tiny", 1)
     first, second = Watch(CPU), Watch(CPU)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,23 +42,34 @@ def close(actual: Tensor, expected: Tensor, relative: float) -> None:
     assert error <= relative * scale, f"error {error:.2e} of {scale:.2e}, allowed {relative:.0e} relative"
 
 
-@settings(max_examples=30, deadline=None)
+def here(op: str) -> AbstractContextManager:
+    """Lets an implementation run on a CPU: Triton's in its interpreter."""
+    if op != "triton":
+        return nullcontext()
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from idefics2_fast.benchmarks.sm90.launches import interpreted, launches
+
+    return launches(interpreted())
+
+
+@pytest.mark.parametrize(("op", "dtype"), [*(("chunked", dtype) for dtype in LIMITS), ("triton", torch.float64), ("triton", torch.float32)])
+@settings(max_examples=10, deadline=None)
 @given(
     rows=st.integers(0, 60),
     weighted=st.booleans(),
     z_loss=st.sampled_from([0.0, 0.1]),
-    dtype=st.sampled_from(list(LIMITS)),
     upstream=st.sampled_from([1.0, 1 / 7, 1024.0]),
     trained=st.sampled_from([(True, True), (True, False), (False, True)]),
 )
-def test_sum_count_and_gradients_equal_the_formula(rows, weighted, z_loss, dtype, upstream, trained):
+def test_sum_count_and_gradients_equal_the_formula(op, dtype, rows, weighted, z_loss, upstream, trained):
     hidden, weight, targets = draw(rows, dtype=dtype)
     arguments = {"row_weights": torch.linspace(0, 2, rows) if weighted else None, "z_loss": z_loss}
     exact = [tensor.detach().double().requires_grad_(on) for tensor, on in zip((hidden, weight), trained, strict=True)]
     given_ = [tensor.detach().requires_grad_(on) for tensor, on in zip((hidden, weight), trained, strict=True)]
     expected, count = reference(*exact, targets, **arguments)
     (expected * upstream).backward()
-    actual, counted = chunked(*given_, targets, **arguments)
+    with ops.using(linear_cross_entropy=op), here(op):
+        actual, counted = ops.linear_cross_entropy(*given_, targets, **arguments)
     (actual * upstream).backward()
     assert counted.item() == count.item() == (targets != -100).sum()
     assert actual.dtype == torch.promote_types(dtype, torch.float32)
@@ -69,7 +82,7 @@ def test_sum_count_and_gradients_equal_the_formula(rows, weighted, z_loss, dtype
             close(ours.grad, theirs.grad, max(LIMITS[dtype] * 2, torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0))
 
 
-@pytest.mark.parametrize("op", ["chunked", "reference"])
+@pytest.mark.parametrize("op", ["triton", "chunked", "reference"])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("items", [None, 100])
 def test_the_loss_is_transformers(op, shifted, items):
@@ -85,7 +98,7 @@ def test_the_loss_is_transformers(op, shifted, items):
     expected = ForCausalLMLoss(F.linear(hidden, weight), labels, V, num_items_in_batch=items, **arguments)
     rows, targets = ops.answer_rows(hidden, labels, shifted=shifted)
     assert rows.shape[0] == (labels != -100).sum()
-    with ops.using(linear_cross_entropy=op):
+    with ops.using(linear_cross_entropy=op), here(op):
         total, count = ops.linear_cross_entropy(rows, weight, targets)
     actual = total / (count if items is None else items)
     close(actual, expected, 1e-6)
@@ -145,14 +158,14 @@ def test_large_logits_and_rows_that_do_not_count():
 
 def test_without_gradients_none_is_made(monkeypatch):
     made = []
-    losses = linear_cross_entropy._losses
-    monkeypatch.setattr(linear_cross_entropy, "_losses", lambda *given: made.append(given[-1]) or losses(*given))
+    forward = linear_cross_entropy._forward
+    monkeypatch.setattr(linear_cross_entropy, "_forward", lambda *given: made.append(given[-2:]) or forward(*given))
     hidden, weight, targets = draw(9)
     with torch.no_grad():
         chunked(hidden, weight, targets)
     chunked(hidden.detach(), weight.detach(), targets)
     assert chunked(hidden.detach(), weight, targets)[0].requires_grad
-    assert made == [False, False, True]
+    assert made == [(False, False), (False, False), (False, True)]
 
 
 def test_logits_exist_for_one_chunk_only():
@@ -213,11 +226,11 @@ def test_the_op_is_well_formed_and_compiles():
         (([3, 4], [V, 4], [3], [1]), r"row_weights has shape \[1\], expected \[3\]"),
     ],
 )
-@pytest.mark.parametrize("op", [chunked, reference])
+@pytest.mark.parametrize("op", ["triton", "chunked", "reference"])
 def test_shapes_that_do_not_belong_together_are_named(op, shapes, message):
     hidden, weight, targets, weights = (None if shape is None else torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=message):
-        op(hidden, weight, targets.long(), row_weights=weights)
+    with ops.using(linear_cross_entropy=op), here(op), pytest.raises(ValueError, match=message):
+        ops.linear_cross_entropy(hidden, weight, targets.long(), row_weights=weights)
 
 
 def test_labels_of_another_shape_are_named():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idefics2_fast import Idefics2Config
+from idefics2_fast import Idefics2, Idefics2Config, attach_adapters, save_adapters
 from idefics2_fast.benchmarks import instruct, readme
 from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
 
@@ -25,6 +25,10 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
     write_processor(tmp_path / "model")
     for name in ("photo.jpg", "a.png", "b.png"):
         Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (300, 400, 3), np.uint8)).save(tmp_path / name)
+    for number, language in enumerate(("french", "german")):
+        model = Idefics2.from_pretrained(tmp_path / "model")
+        attach_adapters(model, rank=4, seed=number)
+        save_adapters(model, tmp_path / "adapters" / language)
     talk = [{"user": "What is this?", "assistant": "A cat on a mat."}]
     rows = [{"images": [name], "texts": talk} for name in ("photo.jpg", "a.png", "b.png")]
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))

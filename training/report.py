@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from idefics2_fast import Idefics2, Processor
-from idefics2_fast.adapters import load_adapters
+from idefics2_fast.adapter_files import load_adapters
 from idefics2_fast.training.page import chart, facts, figure, page, wide
 from idefics2_fast.training.recipe import Recipe
 from idefics2_fast.training.samples import ImageReference, Sample

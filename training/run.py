@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from idefics2_fast import Idefics2, Processor
-from idefics2_fast.adapters import save_adapters
+from idefics2_fast.adapter_files import save_adapters
 from idefics2_fast.training.checkpoint import Checkpoints, run_state, set_run_state
 from idefics2_fast.training.guard import Action, Guard, Stop, Verdict, gather_rare
 from idefics2_fast.training.loader import Loader, Step

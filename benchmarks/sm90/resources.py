@@ -199,12 +199,30 @@ def _perceiver_attention(images: int, dtype: torch.dtype, head_dim: int) -> None
     out.sum().backward()
 
 
+def _segment_attention(causal: bool, dtype: torch.dtype, head_dim: int) -> None:
+    from idefics2_fast.kernels.segment_attention_triton import attend
+
+    lengths, heads, kv_heads, window = ([4900, 300], 32, 8, 4096) if causal else ([4900, 300], 16, 16, None)
+    qkv = torch.zeros(sum(lengths), heads + 2 * kv_heads, head_dim, dtype=dtype, requires_grad=True)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    attend(q, k, v, Segments.of_lengths(lengths), causal=causal, window=window, scale=head_dim**-0.5).sum().backward()
+
+
 def _perceiver_context(dtype: torch.dtype, width: int) -> None:
     from idefics2_fast.kernels.perceiver_context_triton import project
 
     patches, width, outs = 4900, min(width, 4096), 3 * 2 * 4 * 96
     x = torch.zeros(patches, width, dtype=dtype, requires_grad=True)
     project(x, torch.zeros(outs, width, dtype=dtype, requires_grad=True), 1e-5).sum().backward()
+
+
+def _dora_linear(dtype: torch.dtype, rank: int) -> None:
+    from idefics2_fast.kernels.dora_linear_triton import project
+
+    rows, width, rank = 8192, 1024, min(rank, 128)
+    x, b = torch.zeros(rows, width, dtype=dtype, requires_grad=True), torch.zeros(width, rank, requires_grad=True)
+    a, magnitude = torch.zeros(rank, width, requires_grad=True), torch.zeros(width, requires_grad=True)
+    project(x, torch.zeros(width, width, dtype=dtype), a, b, magnitude, torch.zeros(width, dtype=dtype), scaling=0.25).sum().backward()
 
 
 def _embedding(noisy: bool, dtype: torch.dtype, width: int) -> None:
@@ -218,13 +236,24 @@ def _embedding(noisy: bool, dtype: torch.dtype, width: int) -> None:
     embedding(torch.arange(tokens) % vocabulary, weights, features, torch.arange(images), noise).sum().backward()
 
 
+def _linear_cross_entropy(gradient: bool, dtype: torch.dtype, classes: int) -> None:
+    from idefics2_fast.kernels.linear_cross_entropy_triton import room, softmax
+
+    rows, classes = 4, min(classes, 1 << 17) - 765  # 32003, and other numbers that no power of two divides
+    logits = room(torch.zeros(0), classes, rows, dtype).zero_()
+    softmax(logits, torch.zeros(rows, dtype=torch.int64), None, -100, 0.0, gradient)
+
+
 Case = Callable[[torch.dtype, int], None]
 
 # op -> its cases: host code run for a dtype and the bound of a shape class
 CASES: dict[str, dict[str, Case]] = {
+    "segment_attention": {"images": partial(_segment_attention, False), "text": partial(_segment_attention, True)},
     "perceiver_attention": {"1 image": partial(_perceiver_attention, 1), "8 images": partial(_perceiver_attention, 8)},
     "perceiver_context": {"1 image": _perceiver_context},
+    "dora_linear": {"1024 columns": _dora_linear},
     "embedding": {"plain": partial(_embedding, False), "noise": partial(_embedding, True)},
+    "linear_cross_entropy": {"training": partial(_linear_cross_entropy, True), "evaluation": partial(_linear_cross_entropy, False)},
 }
 
 
@@ -265,7 +294,21 @@ def _matrix(config: Mapping[str, int]) -> set[int]:
     return product_columns(config["BM"], [config["BN"]], config["num_warps"])
 
 
+def _half_matrix(config: Mapping[str, int]) -> set[int]:
+    """A product in fp32 beside those in half precision has tiles of fewer rows."""
+    return _matrix(config) if config["BM"] >= 64 else set()
+
+
 DESIGNS = {
+    "segment_attention/_forward": Design(products=_rows_in_place, ctas=2, or_warps=8),
+    "segment_attention/_deltas": Design(),
+    "segment_attention/_backward_q": Design(products=_rows_in_place, ctas=2, or_warps=8),
+    # lse and delta of a block's rows; tiles of so few columns that a thread has no 16 bytes of them: the second pieces of q and grad
+    "segment_attention/_backward_kv": Design(
+        products=_keys_in_place,
+        narrow=lambda row: 2 + 2 * (row.config["BM"] * row.config["D2"] < 8 * 32 * row.config["num_warps"]),
+        ctas=2,
+    ),
     "perceiver_attention/_forward": Design(products=_rows_in_place, ctas=2, or_warps=8),
     # A split is a turn of the loop, and has one lse a row; where there is one split there is no loop.
     "perceiver_attention/_combine": Design(narrow=lambda row: 1 if row.hot == "loop" else row.config["BM"]),
@@ -278,8 +321,17 @@ DESIGNS = {
     "perceiver_context/_backward_rows": Design(),
     "perceiver_context/_backward_x": Design(products=_matrix),
     "perceiver_context/_backward_weight": Design(products=_matrix),
+    "dora_linear/_square": Design(),
+    "dora_linear/_cross": Design(products=_matrix),
+    "dora_linear/_norm": Design(),
+    "dora_linear/_forward": Design(products=_matrix),
+    "dora_linear/_backward_gain": Design(),
+    "dora_linear/_backward_lost": Design(narrow=lambda row: row.config["BM"]),
+    "dora_linear/_backward_x": Design(products=_matrix),
+    "dora_linear/_outer": Design(products=_half_matrix),
     "embedding/embedding_forward": Design(narrow=lambda row: 3),
     "embedding/embedding_table_grad": Design(narrow=lambda row: row.config["ROWS"]),
+    "linear_cross_entropy/_softmax": Design(narrow=lambda row: 2),
 }
 MORE_INSTRUCTIONS = 1.1  # of those recorded, before it counts as a fault
 

@@ -51,6 +51,12 @@ def perceiver_context(rows: int, width: int, outs: int, *, backward: bool = Fals
     return Work(product, itemsize * (x + weight + y) + 4 * rows)
 
 
+def segment_attention(rows: int, *, heads: int = 16, head_dim: int = 72, backward: bool = False) -> Work:
+    """Two products of every query with every key of one segment; backward five."""
+    product, x, statistics = 2 * rows**2 * heads * head_dim, 2 * rows * heads * head_dim, 4 * rows * heads
+    return Work(5 * product, 8 * x + statistics) if backward else Work(2 * product, 4 * x + statistics)
+
+
 def perceiver_attention(
     images: int, patches: int, *, latents: int = 64, heads: int = 16, kv_heads: int = 4, head_dim: int = 96, backward: bool = False
 ) -> Work:
@@ -64,6 +70,19 @@ def perceiver_attention(
     return Work(2 * product, 2 * q + 2 * k + statistics)
 
 
+def dora_norm(outs: int, width: int, rank: int, *, itemsize: int = 2) -> Work:
+    """W read once, beside it A, B, the squares' sums and the norms in fp32; one product of width r."""
+    return Work(2 * outs * width * rank, itemsize * outs * width + 4 * rank * (outs + width) + 8 * outs)
+
+
+def dora_linear(rows: int, width: int, outs: int, rank: int, *, backward: bool = False, itemsize: int = 2) -> Work:
+    """The base's product and the two of width r; backward one and four, for dx, dh, dA and dB."""
+    base, x, y, adapter = 2 * rows * width * outs, rows * width, rows * outs, rank * (width + outs)
+    if backward:
+        return Work(base + 4 * rows * adapter, itemsize * (2 * y + 2 * x + width * outs + adapter) + 4 * adapter)
+    return Work(base + 2 * rows * adapter, itemsize * (x + y + width * outs + adapter))
+
+
 def embedding(tokens: int, width: int, *, images: int = 0, noise: bool = False, itemsize: int = 2) -> Work:
     """Every row read from the table or from the features, and written; `images` rows of them have their place in the list of features."""
     return Work(0, 2 * itemsize * tokens * width + 8 * tokens * (3 if noise else 1))
@@ -74,23 +93,62 @@ def embedding_backward(tokens: int, vocabulary: int, width: int, *, itemsize: in
     return Work(0, itemsize * width * (tokens + vocabulary) + 8 * (tokens + 2 * vocabulary))
 
 
+def linear_cross_entropy(rows: int, width: int, classes: int, *, itemsize: int = 2) -> Work:
+    """Loss and gradient by the rows of a frozen head: two products, the head read for each, and the logits' way through memory.
+
+    Logits are written by one product, read and overwritten by the softmax, read by the other product.
+    """
+    hidden, head, logits = rows * width, classes * width, rows * classes
+    return Work(4 * hidden * classes, itemsize * (hidden + 2 * head + 4 * logits) + 4 * hidden)
+
+
+def softmax(rows: int, classes: int, *, itemsize: int = 2) -> Work:
+    """Logits read once and overwritten by their gradient; a target, a loss and an lse each row."""
+    return Work(0, 2 * itemsize * rows * classes + 16 * rows)
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of the table: what is run, the least work, the goal in microseconds.
 
     `kernels`: those with products, by their key in the table of resources -> what each computes, as a share of the least FLOPs; more than
-    1 in all where something is computed twice. `stream`: the kernel of an op without products.
+    1 in all where something is computed twice. `passes`: bytes moved by kernels that run before or after the library's products. `stream`:
+    the kernel of an op without products.
     """
 
     title: str
     work: Work
     goal: float | None
     kernels: Mapping[str, float] = field(default_factory=dict)
+    passes: float = 0.0
     stream: str = ""
 
 
+LIBRARY = "the library"  # its products run at TENSOR
+
+
+def _dora_by_the_library(rows: int, width: int, outs: int, rank: int, *, goal: float, backward_goal: float) -> list[Line]:
+    """Forward: y is read and written for h's product, and for the scale; backward: dy and y read, z written, dx read and written."""
+    x, y = 2 * rows * width, 2 * rows * outs
+    forward, backward = dora_linear(rows, width, outs, rank), dora_linear(rows, width, outs, rank, backward=True)
+    return [
+        Line(f"DoRA {outs} x {width}, rank {rank}, {rows} tokens", forward, goal, {LIBRARY: 1.0}, passes=4 * y),
+        Line("the same, backward", backward, backward_goal, {LIBRARY: 1.0}, passes=3 * y + 2 * x),
+    ]
+
+
+SEGMENTS, PADDED = "segment_attention/half 72/images", 80 / 72  # of 64 + 16 columns, 8 are padding
 ATTENTION, CONTEXT, EMBEDDING = "perceiver_attention/half 96/1 image", "perceiver_context/half 16384/1 image", "embedding/half 65536"
+DORA = "dora_linear/half 64/1024 columns"
+CROSS = 2.0  # A's two terms
 LINES = [
+    Line("vision attention, 4900 patches", segment_attention(4900), 276, {f"{SEGMENTS}/_forward": PADDED}),
+    Line(
+        "vision attention backward, 4900 patches",
+        segment_attention(4900, backward=True),
+        864,
+        {f"{SEGMENTS}/_backward_kv": 4 / 5 * PADDED, f"{SEGMENTS}/_backward_q": 3 / 5 * PADDED},
+    ),
     Line("K/V of 3 layers, 4900 patches", perceiver_context(4900, 4096, 2304), 135, {f"{CONTEXT}/_forward": 1.0}),
     Line(
         "the same, backward",
@@ -106,6 +164,11 @@ LINES = [
         110,
         {f"{ATTENTION}/_backward_kv": 4 / 5, f"{ATTENTION}/_backward_q": 3 / 5},
     ),
+    Line("DoRA 14336 x 1152, rank 64, 4900 patches", dora_linear(4900, 1152, 14336, 64), None, {f"{DORA}/_forward": 1.0}),
+    *_dora_by_the_library(8192, 4096, 4096, 64, goal=415, backward_goal=412),
+    *_dora_by_the_library(8192, 4096, 14336, 64, goal=1330, backward_goal=1800),
+    Line("DoRA's norm, 4096 x 4096, rank 64", dora_norm(4096, 4096, 64), 13, {f"{DORA}/_cross": CROSS}),
+    Line("DoRA's norm, 14336 x 4096, rank 64", dora_norm(14336, 4096, 64), 45, {f"{DORA}/_cross": CROSS}),
     Line("embedding + NEFTune + merge, 8192 tokens", embedding(8192, 4096, noise=True), 50, stream=f"{EMBEDDING}/noise/embedding_forward"),
     Line(
         "embedding backward, 8192 tokens, 32003 rows",
@@ -113,6 +176,14 @@ LINES = [
         None,
         stream=f"{EMBEDDING}/plain/embedding_table_grad",
     ),
+    Line(
+        "answer-only CE, 2048 rows, forward + dX",
+        linear_cross_entropy(2048, 4096, 32003),
+        1550,
+        {LIBRARY: 1.0},
+        passes=softmax(2048, 32003).bytes,
+    ),
+    Line("its softmax and gradient", softmax(2048, 32003), None, stream="linear_cross_entropy/half 32768/training/_softmax"),
 ]
 
 
@@ -139,7 +210,8 @@ def prediction(line: Line, rows: Mapping[str, Resources], rates: Mapping[str, fl
     """Seconds: products by the model of the pipes, a stream by what a multiprocessor's threads have under way at a time."""
     if line.stream:
         return line.work.bytes / min(MEMORY, stream_rate(rows[line.stream]))
-    return max(sum(line.work.flops * share / rates[kernel] for kernel, share in line.kernels.items()), line.work.bytes / MEMORY)
+    products = sum(line.work.flops * share / rates[kernel] for kernel, share in line.kernels.items())
+    return max(products, (line.work.bytes - line.passes) / MEMORY) + line.passes / MEMORY
 
 
 def stream_rate(row: Resources) -> float:
@@ -177,8 +249,8 @@ Every kernel at every shipped config, compiled for sm_90. Products and loads cou
 
 def rates(lines: Sequence[Line]) -> dict[str, float]:
     """FLOP/s of the lines' kernels, compiled here, by their key in the table of resources."""
-    found = {}
-    for kernel in {kernel for line in lines for kernel in line.kernels}:
+    found = {LIBRARY: TENSOR}
+    for kernel in {kernel for line in lines for kernel in line.kernels} - {LIBRARY}:
         op, shape_class, case, name = kernel.split("/")
         launch = next(launch for launch in resources.launches_of(op, shape_class, case) if launch.name == name)
         found[kernel] = pipes.rate(resources.compile(launch))

@@ -30,6 +30,17 @@ def test_perceiver_context():
     assert moved == work.bytes - 4 * 128 + 2 * 128 * 192, "x once more than the least, for its rows' squares; without the rows' scales"
 
 
+def test_segment_attention():
+    from idefics2_fast.kernels.segment_attention_triton import forward
+
+    rows, heads, head_dim = 128, 2, 64
+    q, k, v = drawn(rows, 3, heads, head_dim).unbind(1)
+    flops, moved = counted(forward, q, k, v, torch.tensor([0, rows], dtype=torch.int32), False, 0, 0.1, of=["q", "k", "v"])
+    work = roofline.segment_attention(rows, heads=heads, head_dim=head_dim)
+    assert flops == work.flops
+    assert moved == work.bytes - 2 * rows * heads * head_dim - 4 * rows * heads, "all but the output and its statistics"
+
+
 def test_perceiver_attention():
     from idefics2_fast.kernels.perceiver_attention_triton import forward
 
@@ -63,6 +74,37 @@ def test_embedding_backward():
     assert moved == pytest.approx(roofline.embedding_backward(tokens, vocabulary, width).bytes, rel=0.01)
 
 
+def test_softmax():
+    from idefics2_fast.kernels.linear_cross_entropy_triton import room, softmax
+
+    rows, classes = 2, 32003
+    logits = room(torch.zeros(0), classes, rows, torch.bfloat16).normal_()
+    _, moved = counted(softmax, logits, torch.arange(rows), None, -100, 0.0, True, of=["logits"])
+    assert moved == pytest.approx(roofline.softmax(rows, classes).bytes, rel=0.02)
+
+
+def test_dora_linear(monkeypatch):
+    from idefics2_fast.kernels import dora_linear_triton
+
+    rows, width, outs, rank = 128, 192, 256, 64
+    monkeypatch.setattr(dora_linear_triton, "FULL", 1)
+    tensors = drawn(rows, width), drawn(rows, rank), drawn(outs, width), drawn(outs, rank), torch.ones(outs), None
+    flops, moved = counted(dora_linear_triton.forward, *tensors, of=["x", "h", "weight", "b", "y"])
+    work = roofline.dora_linear(rows, width, outs, rank)
+    assert flops == work.flops - 2 * rows * width * rank, "all but h"
+    assert moved == work.bytes - 2 * rank * width + 2 * rows * rank, "h and not A"
+
+
+def test_dora_norm():
+    from idefics2_fast.kernels.dora_linear_triton import TERMS, cross
+
+    outs, width, rank = 256, 128, 64
+    flops, moved = counted(cross, drawn(outs, width), torch.randn(rank, width), torch.randn(outs, rank), of=["weight"])
+    work = roofline.dora_norm(outs, width, rank)
+    assert flops == TERMS * work.flops
+    assert moved == work.bytes - 4 * rank * (outs + width) - 8 * outs, "W once, beside which the others are small"
+
+
 def test_a_floor_is_the_slower_of_the_two():
     assert roofline.Work(roofline.TENSOR, roofline.MEMORY / 2).floor == 1
     assert roofline.Work(roofline.TENSOR, roofline.MEMORY / 2).bound == "compute"
@@ -74,10 +116,17 @@ def test_a_floor_is_the_slower_of_the_two():
     ("work", "floor"),
     [
         (roofline.perceiver_context(4900, 4096, 2304), 116e-6),
+        (roofline.segment_attention(4900), 138e-6),
+        (roofline.segment_attention(4900, backward=True), 346e-6),
         (roofline.perceiver_attention(1, 4900), 2.7e-6),
         (roofline.perceiver_attention(8, 4900), 21e-6),
         (roofline.perceiver_attention(8, 4900, backward=True), 49e-6),
+        (roofline.dora_linear(8192, 4096, 4096, 64), 354e-6),
+        (roofline.dora_linear(8192, 4096, 14336, 64), 1.225e-3),
+        (roofline.dora_norm(4096, 4096, 64), 11.9e-6),
+        (roofline.dora_norm(14336, 4096, 64), 40.7e-6),
         (roofline.embedding(8192, 4096), 45e-6),
+        (roofline.linear_cross_entropy(2048, 4096, 32003), 1.34e-3),
     ],
 )
 def test_floors_known_by_hand(work, floor):

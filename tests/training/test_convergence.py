@@ -15,7 +15,7 @@ from support.corpus import mixed_rows
 from torch import Tensor
 
 from idefics2_fast import Idefics2, Idefics2Config, Processor
-from idefics2_fast.adapters import save_adapters
+from idefics2_fast.adapter_files import save_adapters
 from idefics2_fast.benchmarks.instruct import padded
 from idefics2_fast.benchmarks.local_checkpoint import write_model, write_processor
 from idefics2_fast.benchmarks.providers import HuggingFace

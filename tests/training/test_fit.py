@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from idefics2_fast import Idefics2, Processor
-from idefics2_fast.adapters import load_adapters
+from idefics2_fast.adapter_files import load_adapters
 from idefics2_fast.training import Recipe, fit, instruct
 from idefics2_fast.training import run as run_module
 from idefics2_fast.training.parallel import Ranks
