@@ -9,7 +9,7 @@ The formulas are checked, at small shapes, against what the compiled kernels req
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,81 +109,103 @@ def softmax(rows: int, classes: int, *, itemsize: int = 2) -> Work:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: what is run, the least work, the goal in microseconds.
+    """A line of the table: what is run, and the goal in microseconds.
 
-    `kernels`: those with products, by their key in the table of resources -> what each computes, as a share of the least FLOPs; more than
-    1 in all where something is computed twice. `passes`: bytes moved by kernels that run before or after the library's products. `stream`:
-    the kernel of an op without products.
+    `op`, `shape`: one of the formulas above, and its arguments. `kernels`: those with products, by their key in the table of resources ->
+    what each computes, as a share of the least FLOPs; more than 1 in all where something is computed twice. `passes`: bytes moved by
+    kernels that run before or after the library's products. `stream`: the kernel of an op without products.
     """
 
     title: str
-    work: Work
-    goal: float | None
+    op: Callable[..., Work]
+    shape: Mapping[str, int | bool]
+    goal: float | None = None
     kernels: Mapping[str, float] = field(default_factory=dict)
     passes: float = 0.0
     stream: str = ""
+
+    @property
+    def work(self) -> Work:
+        return self.op(**self.shape)
 
 
 LIBRARY = "the library"  # its products run at TENSOR
 
 
-def _dora_by_the_library(rows: int, width: int, outs: int, rank: int, *, goal: float, backward_goal: float) -> list[Line]:
+def _dora_by_the_library(outs: int, width: int, *, goal: float, backward_goal: float) -> list[Line]:
     """Forward: y is read and written for h's product, and for the scale; backward: dy and y read, z written, dx read and written."""
-    x, y = 2 * rows * width, 2 * rows * outs
-    forward, backward = dora_linear(rows, width, outs, rank), dora_linear(rows, width, outs, rank, backward=True)
+    shape = {"rows": 8192, "width": width, "outs": outs, "rank": 64}
+    x, y, which = 2 * 8192 * width, 2 * 8192 * outs, f"{outs} x {width}, rank 64, 8192 tokens"
     return [
-        Line(f"DoRA {outs} x {width}, rank {rank}, {rows} tokens", forward, goal, {LIBRARY: 1.0}, passes=4 * y),
-        Line("the same, backward", backward, backward_goal, {LIBRARY: 1.0}, passes=3 * y + 2 * x),
+        Line(f"DoRA {which}", dora_linear, shape, goal, {LIBRARY: 1.0}, passes=4 * y),
+        Line(f"DoRA backward {which}", dora_linear, shape | {"backward": True}, backward_goal, {LIBRARY: 1.0}, passes=3 * y + 2 * x),
     ]
 
 
 SEGMENTS, PADDED = "segment_attention/half 72/images", 80 / 72  # of 64 + 16 columns, 8 are padding
 ATTENTION, CONTEXT, EMBEDDING = "perceiver_attention/half 96/1 image", "perceiver_context/half 16384/1 image", "embedding/half 65536"
-DORA = "dora_linear/half 64/1024 columns"
-CROSS = 2.0  # A's two terms
+DORA, CROSS = "dora_linear/half 64/1024 columns", 2.0  # A's two terms
+KV = {"rows": 4900, "width": 4096, "outs": 2304}
+CE = {"rows": 2048, "classes": 32003}
 LINES = [
-    Line("vision attention, 4900 patches", segment_attention(4900), 276, {f"{SEGMENTS}/_forward": PADDED}),
+    Line("vision attention, 4900 patches", segment_attention, {"rows": 4900}, 276, {f"{SEGMENTS}/_forward": PADDED}),
     Line(
         "vision attention backward, 4900 patches",
-        segment_attention(4900, backward=True),
+        segment_attention,
+        {"rows": 4900, "backward": True},
         864,
         {f"{SEGMENTS}/_backward_kv": 4 / 5 * PADDED, f"{SEGMENTS}/_backward_q": 3 / 5 * PADDED},
     ),
-    Line("K/V of 3 layers, 4900 patches", perceiver_context(4900, 4096, 2304), 135, {f"{CONTEXT}/_forward": 1.0}),
+    Line("K/V of 3 layers, 4900 patches", perceiver_context, KV, 135, {f"{CONTEXT}/_forward": 1.0}),
     Line(
-        "the same, backward",
-        perceiver_context(4900, 4096, 2304, backward=True),
+        "K/V of 3 layers backward, 4900 patches",
+        perceiver_context,
+        KV | {"backward": True},
         None,
         {f"{CONTEXT}/_backward_x": 0.5, f"{CONTEXT}/_backward_weight": 0.5},
     ),
-    Line("resampler attention, 1 image", perceiver_attention(1, 4900), 10, {f"{ATTENTION}/_forward": 1.0}),
-    Line("resampler attention, 8 images", perceiver_attention(8, 4900), 35, {f"{ATTENTION}/_forward": 1.0}),
+    Line("resampler attention, 1 image", perceiver_attention, {"images": 1, "patches": 4900}, 10, {f"{ATTENTION}/_forward": 1.0}),
+    Line("resampler attention, 8 images", perceiver_attention, {"images": 8, "patches": 4900}, 35, {f"{ATTENTION}/_forward": 1.0}),
     Line(
         "resampler attention backward, 8 images",
-        perceiver_attention(8, 4900, backward=True),
+        perceiver_attention,
+        {"images": 8, "patches": 4900, "backward": True},
         110,
         {f"{ATTENTION}/_backward_kv": 4 / 5, f"{ATTENTION}/_backward_q": 3 / 5},
     ),
-    Line("DoRA 14336 x 1152, rank 64, 4900 patches", dora_linear(4900, 1152, 14336, 64), None, {f"{DORA}/_forward": 1.0}),
-    *_dora_by_the_library(8192, 4096, 4096, 64, goal=415, backward_goal=412),
-    *_dora_by_the_library(8192, 4096, 14336, 64, goal=1330, backward_goal=1800),
-    Line("DoRA's norm, 4096 x 4096, rank 64", dora_norm(4096, 4096, 64), 13, {f"{DORA}/_cross": CROSS}),
-    Line("DoRA's norm, 14336 x 4096, rank 64", dora_norm(14336, 4096, 64), 45, {f"{DORA}/_cross": CROSS}),
-    Line("embedding + NEFTune + merge, 8192 tokens", embedding(8192, 4096, noise=True), 50, stream=f"{EMBEDDING}/noise/embedding_forward"),
+    Line(
+        "DoRA 14336 x 1152, rank 64, 4900 patches",
+        dora_linear,
+        {"rows": 4900, "width": 1152, "outs": 14336, "rank": 64},
+        None,
+        {f"{DORA}/_forward": 1.0},
+    ),
+    *_dora_by_the_library(4096, 4096, goal=415, backward_goal=412),
+    *_dora_by_the_library(14336, 4096, goal=1330, backward_goal=1800),
+    Line("DoRA's norm, 4096 x 4096, rank 64", dora_norm, {"outs": 4096, "width": 4096, "rank": 64}, 13, {f"{DORA}/_cross": CROSS}),
+    Line("DoRA's norm, 14336 x 4096, rank 64", dora_norm, {"outs": 14336, "width": 4096, "rank": 64}, 45, {f"{DORA}/_cross": CROSS}),
+    Line(
+        "embedding + NEFTune + merge, 8192 tokens",
+        embedding,
+        {"tokens": 8192, "width": 4096, "noise": True},
+        50,
+        stream=f"{EMBEDDING}/noise/embedding_forward",
+    ),
     Line(
         "embedding backward, 8192 tokens, 32003 rows",
-        embedding_backward(8192, 32003, 4096),
-        None,
+        embedding_backward,
+        {"tokens": 8192, "vocabulary": 32003, "width": 4096},
         stream=f"{EMBEDDING}/plain/embedding_table_grad",
     ),
     Line(
         "answer-only CE, 2048 rows, forward + dX",
-        linear_cross_entropy(2048, 4096, 32003),
+        linear_cross_entropy,
+        CE | {"width": 4096},
         1550,
         {LIBRARY: 1.0},
-        passes=softmax(2048, 32003).bytes,
+        passes=softmax(**CE).bytes,
     ),
-    Line("its softmax and gradient", softmax(2048, 32003), None, stream="linear_cross_entropy/half 32768/training/_softmax"),
+    Line("softmax of answer-only CE, with its gradient", softmax, CE, stream="linear_cross_entropy/half 32768/training/_softmax"),
 ]
 
 

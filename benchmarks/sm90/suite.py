@@ -35,7 +35,7 @@ def cases(scope: Scope) -> Iterator[Case | Figures | LeftOut]:
         figures = [Figure("kernels compiled", len(rows), ""), Figure("faults against their design", len(missed), "", 0, at_least=False)]
         yield Figures(SUITE, "compiled kernels", figures, device=PAPER)
     if scope.device.type == "cuda" and torch.cuda.get_device_capability(scope.device) == (9, 0):
-        yield from (timed(line.title, scope.device) for line in lines)
+        yield from (timed(line, scope.device) for line in lines if line.op.__name__ in WORKS)
     else:
         yield LeftOut(SUITE, "times", "they need a card of compute capability 9.0")
 
@@ -52,78 +52,135 @@ def of_line(line: roofline.Line, rates: Mapping[str, float]) -> list[Figure]:
 # --- on a card ---
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """Of Idefics2-8B; a test takes smaller ones."""
-
-    patches: int = 4900
-    hidden: int = 4096
-    outs: int = 2304
-    heads: int = 16
-    kv_heads: int = 4
-    head_dim: int = 96
-    latents: int = 64
-    tokens: int = 8192
-    vocabulary: int = 32003
-
-
 Op = Callable[..., Tensor]
 
 
-def work(title: str, device: torch.device, shapes: Shapes) -> tuple[str, Op, list[Tensor], bool]:
-    """What a line of the table runs: the op's name, the op, its inputs, and whether it is the backward pass that counts."""
+@dataclass(frozen=True)
+class Work:
+    """What a line of the table runs.
 
-    def drawn(*shape: int) -> Tensor:
-        return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).bfloat16().requires_grad_()
+    Attributes:
+        name: the engine's op, whose reference the output is held against.
+        op: of the inputs; those that need gradients are differentiated.
+        exact: the same for the reference, where its arguments are others.
+    """
 
-    backward = "backward" in title or "the same" in title
-    if title.startswith(("K/V", "the same")):
-        inputs = [drawn(shapes.patches, shapes.hidden), drawn(shapes.outs, shapes.hidden)]
-        return "perceiver_context", lambda x, weight: ops.perceiver_context(x, weight, 1e-5), inputs, backward
-    if title.startswith("resampler"):
-        images = Segments.of_lengths([shapes.patches] * (8 if "8 images" in title else 1), device)
-        q = drawn(len(images.lengths) * shapes.latents, shapes.heads, shapes.head_dim)
-        context = [drawn(images.total, shapes.kv_heads, shapes.head_dim) for _ in range(2)]
-        own = [drawn(q.shape[0], shapes.kv_heads, shapes.head_dim) for _ in range(2)]
-        return (
-            "perceiver_attention",
-            lambda *x: ops.perceiver_attention(*x, images, scale=shapes.head_dim**-0.5),
-            [q, *context, *own],
-            backward,
-        )
-    ids = torch.randint(1, shapes.vocabulary, (shapes.tokens,), device=device)
-    rows = torch.arange(shapes.tokens // 4, device=device)
-    documents = Segments.of_lengths([shapes.tokens], device)
-    noise = None if backward else ops.Noise.of(documents, alpha=5.0, seed=0, step=0)
-    inputs = [drawn(shapes.vocabulary, shapes.hidden), drawn(len(rows), shapes.hidden)]
-    return "embedding", lambda table, features: ops.embedding(ids, table, features, rows, noise), inputs, backward
+    name: str
+    op: Op
+    inputs: Sequence[Tensor]
+    exact: Op | None = None
 
 
-def timed(title: str, device: torch.device, shapes: Shapes | None = None) -> Case:
+def _drawn(device: torch.device, *shape: int, frozen: bool = False) -> Tensor:
+    return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).bfloat16().requires_grad_(not frozen)
+
+
+def _segment_attention(device: torch.device, *, rows: int, heads: int = 16, head_dim: int = 72) -> Work:
+    rule = {"causal": False, "scale": head_dim**-0.5}
+    images = Segments.of_lengths([rows], device)
+    inputs = [_drawn(device, rows, heads, head_dim) for _ in range(3)]
+    return Work("segment_attention", lambda q, k, v: ops.segment_attention(q, k, v, images, **rule), inputs)
+
+
+def _perceiver_context(device: torch.device, *, rows: int, width: int, outs: int) -> Work:
+    inputs = [_drawn(device, rows, width), _drawn(device, outs, width)]
+    return Work("perceiver_context", lambda x, weight: ops.perceiver_context(x, weight, 1e-5), inputs)
+
+
+def _perceiver_attention(
+    device: torch.device, *, images: int, patches: int, latents: int = 64, heads: int = 16, kv_heads: int = 4, head_dim: int = 96
+) -> Work:
+    segments = Segments.of_lengths([patches] * images, device)
+    counts = [segments.total] * 2 + [images * latents] * 2
+    inputs = [_drawn(device, images * latents, heads, head_dim), *(_drawn(device, rows, kv_heads, head_dim) for rows in counts)]
+    return Work("perceiver_attention", lambda *x: ops.perceiver_attention(*x, segments, scale=head_dim**-0.5), inputs)
+
+
+def _adapter(device: torch.device, width: int, outs: int, rank: int) -> list[Tensor]:
+    """W, frozen, A and B."""
+    return [_drawn(device, outs, width, frozen=True), _drawn(device, rank, width), _drawn(device, outs, rank)]
+
+
+def _dora_linear(device: torch.device, *, rows: int, width: int, outs: int, rank: int) -> Work:
+    weight, a, b = _adapter(device, width, outs, rank)
+    norm = ops.dora_norm(weight, a, b, 0.25)
+    inputs = [_drawn(device, rows, width), weight, a, b, norm.clone().requires_grad_()]
+    return Work(
+        "dora_linear",
+        lambda x, *adapter: ops.dora_linear(x, *adapter, scaling=0.25, norm=norm),
+        inputs,
+        lambda x, *adapter: ops.dora_linear(x, *adapter, scaling=0.25),
+    )
+
+
+def _dora_norm(device: torch.device, *, outs: int, width: int, rank: int) -> Work:
+    weight, a, b = _adapter(device, width, outs, rank)
+    square = ops.dora_square(weight)
+    return Work(
+        "dora_linear",
+        lambda *adapter: ops.dora_norm(*adapter, 0.25, square),
+        [weight, a, b],
+        lambda weight, a, b: (weight + 0.25 * b @ a).norm(dim=1),
+    )
+
+
+def _embedding(device: torch.device, *, tokens: int, width: int, vocabulary: int = 32003, noise: bool = False) -> Work:
+    """A quarter of the tokens are image features."""
+    ids = torch.randint(1, vocabulary, (tokens,), device=device)
+    rows = torch.arange(tokens // 4, device=device)
+    drawn = ops.Noise.of(Segments.of_lengths([tokens], device), alpha=5.0, seed=0, step=0) if noise else None
+    inputs = [_drawn(device, vocabulary, width), _drawn(device, len(rows), width)]
+    return Work("embedding", lambda table, features: ops.embedding(ids, table, features, rows, drawn), inputs)
+
+
+def _linear_cross_entropy(device: torch.device, *, rows: int, width: int, classes: int) -> Work:
+    targets = torch.randint(classes, (rows,), device=device)
+    inputs = [_drawn(device, rows, width), _drawn(device, classes, width, frozen=True)]
+    return Work("linear_cross_entropy", lambda hidden, weight: ops.linear_cross_entropy(hidden, weight, targets)[0], inputs)
+
+
+# by the roofline's formula; the softmax runs within the loss alone
+WORKS: dict[str, Callable[..., Work]] = {
+    "segment_attention": _segment_attention,
+    "perceiver_context": _perceiver_context,
+    "perceiver_attention": _perceiver_attention,
+    "dora_linear": _dora_linear,
+    "dora_norm": _dora_norm,
+    "embedding": _embedding,
+    "embedding_backward": _embedding,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
+
+
+def timed(line: roofline.Line, device: torch.device) -> Case:
     """The engine's op, `TURNS` times in one measurement."""
-    name, op, inputs, backward = work(title, device, shapes or Shapes())
-    phase = "backward" if backward else "forward"
-    grad = torch.randn_like(op(*inputs))
+    shape = dict(line.shape)
+    backward = shape.pop("backward", line.op is roofline.embedding_backward)
+    work = WORKS[line.op.__name__](device, **shape)
+    phase, inputs = "backward" if backward else "forward", work.inputs
+    leaves = [x for x in inputs if x.requires_grad]
+    grad = torch.randn_like(work.op(*inputs))
 
     def call(watch: Watch) -> Sequence[Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            y = op(*inputs)
+            y = work.op(*inputs)
             watch.start(phase)
             for _ in range(TURNS):
-                made = torch.autograd.grad(y, inputs, grad, retain_graph=True) if backward else [op(*inputs)]
+                made = torch.autograd.grad(y, leaves, grad, retain_graph=True) if backward else [work.op(*inputs)]
             watch.stop()
         return made
 
     calls: dict[str, Call] = {ENGINE: call}
-    row = Row(title, (phase,), steps=TURNS, pass_="both")
-    return Case(SUITE, calls, _near(name, op, inputs, grad, backward), (row,))
+    row = Row(line.title, (phase,), steps=TURNS, pass_="both")
+    return Case(SUITE, calls, _near(work, grad, backward), (row,))
 
 
-def _near(name: str, op: Op, inputs: Sequence[Tensor], grad: Tensor, backward: bool) -> Callable[[str, Sequence[Tensor]], str]:
-    exact = [x.detach().float().requires_grad_() for x in inputs]
-    with ops.using(**{name: "reference"}):
-        y = op(*exact)
-        expected = torch.autograd.grad(y, exact, grad.float()) if backward else [y.detach()]
+def _near(work: Work, grad: Tensor, backward: bool) -> Callable[[str, Sequence[Tensor]], str]:
+    exact = [x.detach().float().requires_grad_(x.requires_grad) for x in work.inputs]
+    with ops.using(**{work.name: "reference"}):
+        y = (work.exact or work.op)(*exact)
+        leaves = [x for x in exact if x.requires_grad]
+        expected = torch.autograd.grad(y, leaves, grad.float()) if backward else [y.detach()]
 
     def check(_: str, actual: Sequence[Tensor]) -> str:
         worst = max(((left.float() - right).norm() / right.norm()).item() for left, right in zip(actual, expected, strict=True))
