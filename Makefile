@@ -13,7 +13,8 @@ export PYTHONSAFEPATH := 1
 
 RUN := .venv/bin/python -m
 # Tests in several processes, of one thread each.
-PARALLEL := --numprocesses auto --maxprocesses 4
+# Tests of one file share what they load.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: help demo test test-all test-oldest peers sanitize fuzz bench rivals lint clean
@@ -29,7 +30,7 @@ test: lint ## lint, then the fast tests; those for CUDA too where there is a dev
 	@$(RUN) pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: lint peers ## lint, then every test, the slow ones and other people's too, the oldest transformers, the checks of the C++ code
-	@$(RUN) pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
+	@$(RUN) pytest $(PARALLEL) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-oldest sanitize fuzz
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all

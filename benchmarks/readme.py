@@ -12,7 +12,7 @@ from idefics2_fast.benchmarks.report import seconds
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- figures: python -m idefics2_fast.benchmarks --readme -->\n", "<!-- figures end -->\n"
 FILES = ("amd-epyc-2-threads.jsonl", "amd-epyc-1-threads.jsonl")
-HF, TUNED, PATCH = "hf", "hf-tuned", "patch"
+HF, TUNED, COMPILED, PATCH = "hf", "hf-tuned", "hf-compiled", "patch"
 
 # label, suite, case, pass
 Line = tuple[str, str, str, str]
@@ -118,6 +118,7 @@ def section(records: Iterable[Record]) -> tuple[str, Figures]:
     return TEXT.format(
         model=table,
         untimed=untimed(f, MODEL),
+        compiled=compiled(f),
         patched=side_by_side(f, PATCHED, "patched"),
         loss=loss_table(f),
         dora="; ".join(dora(f, shape) for shape in ("4096x4096", "14336x4096")),
@@ -146,6 +147,13 @@ def untimed(f: Figures, lines: Sequence[Line]) -> str:
     """Names the lines that a table is without, in a sentence."""
     names = [line[0].replace(" | ", ", ") for line in lines if not known(f, line)]
     return f" Not timed, and not in the table: {'; '.join(names)}." if names else ""
+
+
+def compiled(f: Figures) -> str:
+    """Speed against transformers under `torch.compile`, of the model that it compiles in seconds."""
+    lines = [line for line in MODEL if "| tiny" in line[0] and f.value(*line[-3:], COMPILED, "time") is not None]
+    said = [f"{line[0].split(' | ')[0]} {f.speed(line, COMPILED)}" for line in lines]
+    return f"\nAgainst transformers under `torch.compile`, `tiny` fp32: {'; '.join(said)}.\n" if said else ""
 
 
 def row(f: Figures, line: Line) -> str:
@@ -216,11 +224,12 @@ def simd(f: Figures) -> str:
 TEXT = """\
 `tuned` is transformers at its best: images one by one, no padding, no masks. Medians; a row's providers take turns in one run, on two Zen
 3 cores (AVX2, no bf16 units), rows of [results](benchmarks/results) written by `make bench`: {rows}. Both columns of speed are medians of
-the rounds' ratios. Sizes are mixed; fill is the share of the padded batch that is image. On a CPU the encoder is bound by matrix products
-and SDPA that both sides share, so the gain over the tuned column is what stands between them.{untimed}
+the rounds' ratios; a provider that takes over two seconds, and twice as long as the fastest, takes one turn. Sizes are mixed; fill is the
+share of the padded batch that is image. On a CPU the encoder is bound by matrix products and SDPA that both sides share, so the gain over
+the tuned column is what stands between them.{untimed}
 
 {model}
-
+{compiled}
 Under the patch, `small` fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head:
 
 {patched}

@@ -24,6 +24,7 @@ def small_pictures(monkeypatch):
     monkeypatch.setitem(instruct.SIZES, "tiny", (((378, 392),), ((406, 378), (378, 378)), ()))
 
 
+@pytest.mark.slow
 def test_all_steps_have_the_same_loss_and_gradient(small_pictures):
     with ranks() as group:
         case = instruct.step_case("tiny", group, instruct.SIZES["tiny"])

@@ -87,6 +87,7 @@ def gradients_of(step, inputs=None):
     return step.call(step.process(documents(2)) if inputs is None else inputs)(Watch(CPU))
 
 
+@pytest.mark.slow
 def test_all_steps_have_the_same_gradients(load):
     check = near_first()
     steps = [Step(load()), TunedStep(load()), TunedStep(load(), cached=False), PatchedStep(load())]
@@ -107,6 +108,7 @@ def test_a_wrong_gradient_is_seen(load):
     assert check("no gradients", "its process ended with -9: []") == "its process ended with -9: []"
 
 
+@pytest.mark.slow
 def test_swapped_images_and_shifted_labels_change_the_gradients(load):
     step, check = Step(load()), near_first()
     inputs = step.process(documents(2))
@@ -232,7 +234,7 @@ def test_the_command_runs_the_suite(monkeypatch, tmp_path):
     monkeypatch.setattr(patch, "cases_of", cases_of)
     assert command.main(["patch", "--out", str(tmp_path / "out.jsonl")]) == 0
     measured = {record.case for record in read_records(tmp_path / "out.jsonl")}
-    assert measured == {"tiny first", "tiny second", "small first", "small second"}
+    assert measured == {"tiny first", "small second"}
 
 
 def test_a_whole_run_takes_every_case_with_one_size(monkeypatch):

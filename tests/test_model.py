@@ -50,10 +50,14 @@ def logits_error(theirs, ours, samples: list[Sample], *, as_bytes: bool = True) 
     return relative(ours(to_batch(samples, TINY, as_bytes=as_bytes)), unpad(theirs(**to_hf(samples)).logits, samples))
 
 
-@pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "floats"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "three images" else pytest.mark.slow) for name in CASES])
+def test_logits_of_patches_in_floats_equal_transformers(theirs, ours, name):
+    assert logits_error(theirs, ours, samples_of(CASES[name]), as_bytes=False) <= FP32_LOGITS
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers(theirs, ours, name, as_bytes):
-    assert logits_error(theirs, ours, samples_of(CASES[name]), as_bytes=as_bytes) <= FP32_LOGITS
+def test_logits_equal_transformers(theirs, ours, name):
+    assert logits_error(theirs, ours, samples_of(CASES[name])) <= FP32_LOGITS
 
 
 def test_logits_equal_the_eager_formula_under_a_sliding_window():
@@ -89,7 +93,7 @@ def gradients(theirs, ours, samples: list[Sample]) -> tuple[float, dict[str, flo
     return abs(actual.item() / expected.item() - 1), errors
 
 
-@pytest.mark.parametrize("name", ["three images", "a batch of all"])
+@pytest.mark.parametrize("name", [pytest.param("three images", marks=pytest.mark.slow), "a batch of all"])
 def test_loss_and_every_gradient_equal_transformers(theirs, ours, name):
     loss, errors = gradients(theirs, ours, samples_of(CASES[name]))
     assert loss <= 1e-6

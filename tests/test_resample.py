@@ -152,7 +152,11 @@ def test_the_order_is_the_installed_pillows() -> None:
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("size", [(735, 980), (692, 555), (480, 640), (2532, 1170), (979, 981), (30, 3000), (3, 2), (1400, 300)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(735, 980), (692, 555), (480, 640), pytest.param((2532, 1170), marks=pytest.mark.slow), (979, 981), (30, 3000), (3, 2), (1400, 300)],
+    ids=str,
+)
 def test_patches_equal_hugging_face_on_every_path(size: tuple[int, int], split: bool, path: str) -> None:
     pixels = noise(*size)
     as_pillow = Image.fromarray(pixels)  # 4 bytes a pixel

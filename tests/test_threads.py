@@ -41,7 +41,7 @@ def expected() -> torch.Tensor:
 # --- the pool alone ---
 
 
-@pytest.mark.parametrize("sanitizer", ["none", "thread"])
+@pytest.mark.parametrize("sanitizer", ["none", pytest.param("thread", marks=pytest.mark.slow)])
 def test_the_pool(sanitizer: str, tmp_path: Path) -> None:
     """Every task once, errors to the caller, nested calls, many callers, forks, and no time spent in waiting."""
     compiler = os.environ.get("CXX") or "g++"
