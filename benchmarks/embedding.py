@@ -23,6 +23,7 @@ from idefics2_fast.kernels.segments import Segments
 # Idefics2-8B's table, and images of 64 tokens for a quarter of the rows; fewer tokens on a CPU.
 VOCABULARY, WIDTH, IMAGE_TOKEN, LATENTS = 32003, 4096, 32001, 64
 TOKENS = {"cpu": 2048, "cuda": 8192}
+QUICK = 512
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ALPHA = 5.0
 HF = "hf"
@@ -31,7 +32,8 @@ CASES = [(noise, trained) for noise in (False, True) for trained in (False, True
 
 def cases(scope: Scope) -> Iterator[Case]:
     torch.manual_seed(0)
-    yield from scope.first(embedding_case(*case, scope.device) for case in CASES)
+    tokens = QUICK if scope.quick else TOKENS[scope.device.type]
+    yield from scope.first(embedding_case(*case, scope.device, tokens) for case in CASES)
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ def engine(inputs: Inputs, noise: bool) -> Tensor:
 CHAINS = {HF: hf_chain, ENGINE: engine}
 
 
-def embedding_case(noise: bool, trained: bool, device: torch.device) -> Case:
+def embedding_case(noise: bool, trained: bool, device: torch.device, tokens: int) -> Case:
     """Both providers on the same inputs."""
-    tokens, dtype = TOKENS[device.type], DTYPES[device.type]
+    dtype = DTYPES[device.type]
     inputs = Inputs.draw(tokens, dtype, device, trained)
 
     def call(chain: Callable[[Inputs, bool], Tensor]) -> Call:

@@ -21,6 +21,7 @@ from PIL import Image
 from idefics2_fast import _C, pack_images
 from idefics2_fast.benchmarks.case import CPU, ENGINE, Case, Row, Scope
 from idefics2_fast.benchmarks.memory_floor import memory_floor
+from idefics2_fast.benchmarks.photographs import photograph
 from idefics2_fast.benchmarks.rivals import Rival, packed
 from idefics2_fast.benchmarks.timing import Call, Watch
 from idefics2_fast.images import plan_crops
@@ -43,7 +44,7 @@ Needs = Mapping[str | tuple[str, str], float]
 
 def cases(scope: Scope) -> Iterator[Case]:
     """The suite's cases; of a quick run one photograph."""
-    with prepared() as suite:
+    with prepared(scope.quick) as suite:
         yield from scope.first(suite.cases())
 
 
@@ -65,35 +66,38 @@ class Suite:
             if plan_crops(*size, split=False, **EDGES)[0].size != size:
                 yield resize_case(self, size)
 
+    def absent(self, rival: str) -> str:
+        """Why a rival takes no part; "" where it does."""
+        return self.rivals[rival].absent if rival in self.rivals else "it is not started in quick runs"
+
     def rival_calls(self, names: Sequence[str], images: Sequence[np.ndarray], **settings: Any) -> dict[str, Call]:
-        present = [name for name in names if not self.rivals[name].absent]
+        present = [name for name in names if not self.absent(name)]
         return {name: _rival_call(self.rivals[name].prepare(images, **settings)) for name in present}
 
     def case(
         self, name: str, calls: Mapping[str, Call], check: Callable[[str, Any], str], needs: Needs, rivals: Sequence[str] = ()
     ) -> Case:
-        absent = {name: self.rivals[name].absent for name in rivals if self.rivals[name].absent}
+        absent = {name: self.absent(name) for name in rivals if self.absent(name)}
         return Case(SUITE, calls, check, (Row(name, WORK, needs=needs),), absent, device=CPU, threads=1)
 
 
 @contextmanager
-def prepared() -> Iterator[Suite]:
-    """The suite, its rivals' processes running."""
+def prepared(quick: bool = False) -> Iterator[Suite]:
+    """The suite, its rivals' processes running; of a quick run the first photograph, and no rivals, which take seconds to start."""
     with ExitStack() as stack:
-        rivals = {name: stack.enter_context(closing(Rival(environment))) for name, environment in RIVALS.items()}
-        yield Suite(photographs(), rivals, memory_floor(), Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        started = {} if quick else RIVALS
+        rivals = {name: stack.enter_context(closing(Rival(environment))) for name, environment in started.items()}
+        pictures = photographs(SIZES[:1] if quick else SIZES)
+        yield Suite(pictures, rivals, memory_floor(), Path(stack.enter_context(tempfile.TemporaryDirectory())))
 
 
-def photographs() -> dict[tuple[int, int], np.ndarray]:
+def photographs(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
     """Enlarged photographs, with the noise that a camera adds and a JPEG has to keep."""
-    from sklearn.datasets import load_sample_image
-
     draw = np.random.default_rng(0)
     made = {}
-    for number, (height, width) in enumerate(SIZES):
-        picture = Image.fromarray(load_sample_image(("china.jpg", "flower.jpg")[number % 2])).resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
+    for number, (height, width) in enumerate(sizes):
+        with Image.open(photograph(("china.jpg", "flower.jpg")[number % 2])) as original:
+            picture = original.resize((width, height), Image.Resampling.BICUBIC)
         noise = draw.normal(0, 4, (height, width, 3)).astype(np.float32)
         made[height, width] = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
     return made

@@ -20,7 +20,7 @@ from idefics2_fast.benchmarks.timing import Call, Watch
 
 VOCABULARY = 32003
 TOKENS, WIDTH = 2048, 1024
-QUICK = 512
+QUICK = 256
 ANSWERS = 0.1
 HEADS = ("frozen", "trained")
 HF, TORCH, TORCH_CHUNKED, LIGER = "hf", "torch", "torch, chunked", "liger"

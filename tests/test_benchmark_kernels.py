@@ -24,7 +24,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cas
         case "embedding":
             for name, value in {"VOCABULARY": 32003, "WIDTH": 8, "TOKENS": {"cpu": 256}}.items():
                 monkeypatch.setattr(embedding, name, value)
-            return embedding.embedding_case(True, True, CPU)
+            return embedding.embedding_case(True, True, CPU, embedding.QUICK)
         case "linear_cross_entropy":
             for name, value in {"VOCABULARY": 40, "WIDTH": 16, "TOKENS": 64}.items():
                 monkeypatch.setattr(linear_cross_entropy, name, value)
