@@ -6,10 +6,9 @@ A provider's outputs and gradients must be within 2e-5 of the largest value, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -47,21 +46,29 @@ ALONE = {
 }
 
 
+KINDS = ("encode", "generate", "train", "parts")
+WHOLE = {"tiny": ("encode", "train"), "small": ("generate", "parts")}  # each kind with the size that a whole run has time for
+
+
 def cases(scope: Scope) -> Iterator[Case]:
-    """The suite's cases for the size that is asked for; a whole run takes images alone with `tiny`, the rest with `small`."""
-    encoding_alone, whole = slice(1), len(scope.sizes) > 1
+    """The suite's cases: all kinds for a size that is asked for, else each with one size; of a quick run the first."""
     for size in scope.sizes:
-        wanted = encoding_alone if scope.quick or (whole and size == "tiny") else slice(int(whole), None)
-        yield from islice(cases_of(size, scope.device, 2 if scope.quick else 8), wanted.start, wanted.stop)
+        kinds = KINDS[:1] if scope.quick else KINDS if scope.model else WHOLE[size]
+        yield from cases_of(size, scope.device, kinds, 2 if scope.quick else 8)
 
 
-def cases_of(size: str, device: torch.device, images: int) -> Iterator[Case]:
-    setting = load_setting(size, device)
-    yield encode_case(setting, images)
-    yield generate_case(setting)
-    del setting
-    yield training_case(size, device)
-    yield ablation_case(size, device)
+def cases_of(size: str, device: torch.device, kinds: Sequence[str], images: int) -> Iterator[Case]:
+    if {"encode", "generate"} & set(kinds):
+        setting = load_setting(size, device)
+        if "encode" in kinds:
+            yield encode_case(setting, images)
+        if "generate" in kinds:
+            yield generate_case(setting)
+        del setting
+    if "train" in kinds:
+        yield training_case(size, device)
+    if "parts" in kinds:
+        yield ablation_case(size, device)
 
 
 def load_setting(size: str, device: torch.device) -> Setting:

@@ -29,8 +29,13 @@ PATCHED: list[Line] = [
         (f"encode 8 images, fill 0.40, `{size}`", PATCH, f"{size} fp32, 8 images, fill 0.40: encode", "forward")
         for size in ("tiny", "small")
     ),
-    ("generate, 4 prompts, 32 tokens each", PATCH, "small fp32, 4 prompts, 32 tokens each: generate, preprocessed images", "forward"),
-    ("DoRA training step", PATCH, "small fp32, 4 images: DoRA training step", "both"),
+    (
+        "generate, 4 prompts, 32 tokens each, `small`",
+        PATCH,
+        "small fp32, 4 prompts, 32 tokens each: generate, preprocessed images",
+        "forward",
+    ),
+    *((f"DoRA training step, `{size}`", PATCH, f"{size} fp32, 4 images: DoRA training step", "both") for size in ("tiny", "small")),
 ]
 HEADS = ("frozen", "trained")
 LOSS: list[Line] = [
@@ -230,11 +235,12 @@ the tuned column is what stands between them.{untimed}
 
 {model}
 {compiled}
-Under the patch, `small` fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head:
+Under the patch, fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head (`make bench` has time for each with one size;
+the rest by `python -m idefics2_fast.benchmarks patch --model small`):
 
 {patched}
 
-Of a step on images of half the size, by the medians, {parts}.
+Of a `small` step on images of half the size, by the medians, {parts}.
 
 The loss alone, 2048 tokens, 10% answers, 1024 x 32003:
 

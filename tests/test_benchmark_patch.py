@@ -225,8 +225,8 @@ def test_errors_are_relative_to_the_largest_value():
 
 
 def test_the_command_runs_the_suite(monkeypatch, tmp_path):
-    def cases_of(size, device, images):
-        for name in ("first", "second"):
+    def cases_of(size, device, kinds, images):
+        for name in kinds:
             call = lambda watch: watch.start("x")  # noqa: E731
             yield Case("patch", {"hf": call, "idefics2_fast": call}, lambda name, output: "", (Row(f"{size} {name}", ("x",)),))
 
@@ -234,11 +234,11 @@ def test_the_command_runs_the_suite(monkeypatch, tmp_path):
     monkeypatch.setattr(patch, "cases_of", cases_of)
     assert command.main(["patch", "--out", str(tmp_path / "out.jsonl")]) == 0
     measured = {record.case for record in read_records(tmp_path / "out.jsonl")}
-    assert measured == {"tiny first", "small second"}
+    assert measured == {"tiny encode", "tiny train", "small generate", "small parts"}
 
 
 def test_a_whole_run_takes_every_case_with_one_size(monkeypatch):
-    monkeypatch.setattr(patch, "cases_of", lambda size, device, images: (f"{size} {name}" for name in ("encode", "generate", "train")))
-    assert list(patch.cases(Scope())) == ["tiny encode", "small generate", "small train"]
-    assert list(patch.cases(Scope(model="small"))) == ["small encode", "small generate", "small train"]
+    monkeypatch.setattr(patch, "cases_of", lambda size, device, kinds, images: (f"{size} {kind}" for kind in kinds))
+    assert sorted(case.split()[1] for case in patch.cases(Scope())) == sorted(patch.KINDS)
+    assert list(patch.cases(Scope(model="small"))) == ["small encode", "small generate", "small train", "small parts"]
     assert list(patch.cases(Scope(quick=True))) == ["tiny encode"]
