@@ -235,8 +235,8 @@ the tuned column is what stands between them.{untimed}
 
 {model}
 {compiled}
-Under the patch, fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head (`make bench` has time for each with one size;
-the rest by `python -m idefics2_fast.benchmarks patch --model small`):
+Under the patch, fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head. A whole run
+takes each with one size; `python -m idefics2_fast.benchmarks patch --model small` takes the others:
 
 {patched}
 
