@@ -52,6 +52,7 @@ def setting():
     return patch.load_setting("tiny", CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [patch.encode_case, patch.generate_case])
 def test_every_provider_is_right_and_the_patch_must_be_fast(setting, made, monkeypatch):
     monkeypatch.setattr(patch, "NEW_TOKENS", 3)

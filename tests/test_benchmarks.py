@@ -259,7 +259,7 @@ def test_the_first_token_is_measured_at_the_same_share():
     assert fill(MIXED_SIZES[0.40][:4]) == pytest.approx(0.40, abs=0.01)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def setting(request):
     return model.load_setting("tiny", getattr(torch, request.param), CPU)
 

@@ -52,7 +52,10 @@ def here(op: str) -> AbstractContextManager:
     return launches(interpreted())
 
 
-@pytest.mark.parametrize(("op", "dtype"), [*(("chunked", dtype) for dtype in LIMITS), ("triton", torch.float64), ("triton", torch.float32)])
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [*(("chunked", dtype) for dtype in LIMITS), ("triton", torch.float64), pytest.param("triton", torch.float32, marks=pytest.mark.slow)],
+)
 @settings(max_examples=10, deadline=None)
 @given(
     rows=st.integers(0, 60),

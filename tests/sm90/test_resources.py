@@ -43,7 +43,10 @@ def check(rows):
     assert not [fault for key, row in rows.items() for fault in faults(key, row, before[key] if same else None)]
 
 
-@pytest.mark.parametrize("op", CONFIGS)
+LONG = {"dora_linear", "perceiver_attention", "segment_attention"}  # to compile
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow if op in LONG else ()) for op in CONFIGS])
 def test_the_kernels_are_as_designed(op):
     check(table({op: SHIPPED[op]}))
 

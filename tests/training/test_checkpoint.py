@@ -124,6 +124,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_finds_the_same_bits(ranks: Path) -> None:
     """Shards of 15 rows and of 1 row, on 1, 2 and 3 ranks: what is loaded is bit for bit what was saved, and the samples go on."""
     last, cursor = None, 0

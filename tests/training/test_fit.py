@@ -86,13 +86,14 @@ def test_a_jump_of_the_loss_goes_back_or_does_not(corpus, tmp_path, monkeypatch,
     assert sys.getswitchinterval() == before
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused_in_the_same_folder(corpus, tmp_path):
     fit(recipe_of(corpus, tmp_path, steps=3))
     with pytest.raises(ValueError, match="recipe"):
         fit(recipe_of(corpus, tmp_path, steps=3, rank=2))
 
 
-@pytest.mark.parametrize("adapter", ["dora", "full"])
+@pytest.mark.parametrize("adapter", ["dora", pytest.param("full", marks=pytest.mark.slow)])
 def test_what_a_run_leaves_behind_is_what_was_trained(corpus, tmp_path, adapter):
     trainers = []
     init = Trainer.__init__
@@ -227,6 +228,7 @@ def test_rows_are_given_as_they_are(corpus, tmp_path):
     assert [step for step, _, _ in metrics(tmp_path / "rows")] == [step for step, _, _ in metrics(tmp_path / "file")]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_asks_for_another_go(corpus, tmp_path, monkeypatch):
     update = Trainer.update
 
