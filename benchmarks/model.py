@@ -102,9 +102,11 @@ def calls_of(setting: Setting, call: Callable[[Provider], Call]) -> tuple[dict[s
     return calls | {HuggingFaceCompiled.name: made}, {}
 
 
-def left_out(suite: str, setting: Setting) -> str:
-    """Why a suite is not run for a model here; "" where it is."""
+def left_out(suite: str, setting: Setting, asked: bool) -> str:
+    """Why a suite is not run for a model here; "" where it is. `asked`: for this size alone."""
     model = setting.engine.model
+    if suite != "decode" and setting.size == "small" and not asked:
+        return "it takes minutes: --model small"
     if suite != "decode" and needs_upcast(model.device.type, model.dtype):
         return "this processor multiplies half precision number by number, and transformers takes minutes for each call"
     return ""
@@ -116,7 +118,7 @@ def cases(scope: Scope) -> Iterator[Case | LeftOut]:
         for dtype in DTYPES[size]:
             setting = load_setting(size, dtype, scope.device, compiled=not scope.quick and size == "tiny")
             for suite in scope.parts:
-                if reason := left_out(suite, setting):
+                if reason := left_out(suite, setting, asked=scope.model is not None):
                     yield LeftOut(suite, setting.name, reason)
                 else:
                     yield from scope.first(cases_of(suite, setting, scope.quick))

@@ -230,13 +230,13 @@ TEXT = """\
 `tuned` is transformers at its best: images one by one, no padding, no masks. Medians; a row's providers take turns in one run, on two Zen
 3 cores (AVX2, no bf16 units), rows of [results](benchmarks/results) written by `make bench`: {rows}. Both columns of speed are medians of
 the rounds' ratios; a provider that takes over two seconds, and twice as long as the fastest, takes one turn. Sizes are mixed; fill is the
-share of the padded batch that is image. On a CPU the encoder is bound by matrix products and SDPA that both sides share, so the gain over
+share of the padded batch that is image. A whole run takes `tiny`, and `small` for decoding and the trainer's step; the rest of `small` is
+from `--model small`. On a CPU the encoder is bound by matrix products and SDPA that both sides share, so the gain over
 the tuned column is what stands between them.{untimed}
 
 {model}
 {compiled}
-Under the patch, fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head. A whole run
-takes each with one size; `python -m idefics2_fast.benchmarks patch --model small` takes the others:
+Under the patch, fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head:
 
 {patched}
 
