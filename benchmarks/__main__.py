@@ -23,7 +23,7 @@ MODEL = ("encode", "first_token", "decode")
 SUITES = {"images": "images", **{name: name for name in KERNELS}, "sm90": "sm90.suite", **dict.fromkeys(MODEL, "model")}
 SUITES |= {name: name for name in ("instruct", "patch", "scaling")}
 GROUPS = {"kernels": KERNELS, "model": MODEL}
-QUICK, FULL = {"seconds": 2, "rounds": (3, 41)}, {"seconds": 6, "rounds": (2, 25), "once": 2}
+QUICK, FULL = {"seconds": 2, "rounds": (3, 41)}, {"seconds": 6, "rounds": (3, 25), "once": 2}
 
 EXAMPLES = """
 suites: {suites}
