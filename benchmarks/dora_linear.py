@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from idefics2_fast.benchmarks.accuracy import off_by
 from idefics2_fast.benchmarks.case import ENGINE, Case, Figure, Figures, Row, Scope
 from idefics2_fast.benchmarks.timing import Call, Measurement, Watch, quantiles
 from idefics2_fast.patching.dora import dora_variant
@@ -78,10 +79,7 @@ def _peft_layer(base: nn.Linear, dropout: float, rank: int) -> nn.Module:
 
 def _same_as(expected: Sequence[Tensor]) -> Callable[[str, Sequence[Tensor]], str]:
     def check(name: str, actual: Sequence[Tensor]) -> str:
-        if name == FROZEN:
-            return ""
-        errors = [((left - right).norm() / right.norm()).item() for left, right in zip(actual, expected, strict=True)]
-        return "" if max(errors) <= 1e-5 else f"off by {max(errors):.1e}, 1e-5 is allowed"
+        return "" if name == FROZEN else off_by(actual, expected, 1e-5)
 
     return check
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idefics2_fast import ops
+from idefics2_fast.benchmarks.accuracy import off_by
 from idefics2_fast.benchmarks.case import ENGINE, Case, Row, Scope
 from idefics2_fast.benchmarks.timing import Call, Watch
 
@@ -126,8 +127,6 @@ def _near(inputs: Sequence[Tensor], hidden: Tensor, weight: Tensor, labels: Tens
     expected = [value.detach(), *gradients]
 
     def check(name: str, outputs: tuple[Tensor, ...]) -> str:
-        pairs = zip(outputs, expected, strict=True)
-        error = max(((actual - value).abs().max() / value.abs().max()).item() for actual, value in pairs)
-        return "" if error <= ACCURACY else f"off by {error:.1e}, {ACCURACY:.0e} is allowed"
+        return off_by(outputs, expected, ACCURACY, order=torch.inf)
 
     return check

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from idefics2_fast.benchmarks.accuracy import off_by
 from idefics2_fast.benchmarks.case import ENGINE, Case, Row, Scope
 from idefics2_fast.benchmarks.timing import Call, Watch
 from idefics2_fast.config import PerceiverConfig
@@ -131,8 +132,7 @@ def pool_case(hidden: int, patches: int, device: torch.device, needs: Mapping[st
     expected = calls[HF](Watch(device))
 
     def check(name: str, actual: Sequence[Tensor]) -> str:
-        worst = max(((left - right).norm() / right.norm()).item() for left, right in zip(actual, expected, strict=True))
-        return "" if worst <= TOLERANCE else f"off by {worst:.1e}, {TOLERANCE:.0e} is allowed"
+        return off_by(actual, expected, TOLERANCE)
 
     name = f"{patches} patches, hidden {hidden}"
     both = Row(name, PHASES, needs=needs or {}, pass_="both")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idefics2_fast import ops
+from idefics2_fast.benchmarks.accuracy import off_by
 from idefics2_fast.benchmarks.case import ENGINE, Case, Row, Scope
 from idefics2_fast.benchmarks.model import MIXED_SIZES
 from idefics2_fast.benchmarks.timing import Call, Watch
@@ -104,10 +105,8 @@ def _near(inputs: Sequence[Tensor], grad: Tensor, images: Segments) -> Callable[
     with torch.inference_mode(False), torch.enable_grad():
         y = by("reference")(*exact, images)
         expected = [y.detach(), *torch.autograd.grad(y, exact, grad.float())]
-    allowed = TOLERANCES[grad.dtype]
 
     def check(name: str, actual: Sequence[Tensor]) -> str:
-        worst = max(((left.float() - right).norm() / right.norm()).item() for left, right in zip(actual, expected, strict=True))
-        return "" if worst <= allowed else f"off by {worst:.1e}, {allowed:.0e} is allowed"
+        return off_by(actual, expected, TOLERANCES[grad.dtype])
 
     return check

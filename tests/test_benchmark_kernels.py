@@ -50,6 +50,14 @@ def test_every_provider_is_right_and_a_wrong_one_is_seen(case: Case) -> None:
         assert "off" in case.check("idefics2_fast", wrong), place
 
 
+def test_what_is_no_number_is_wrong(case: Case) -> None:
+    """In any of the tensors, behind others that are right."""
+    right = taken(case)["idefics2_fast"]
+    for place, value in enumerate(right):
+        wrong = [*right[:place], value.clone().flatten().index_fill(0, torch.tensor([0]), torch.nan).view(value.shape), *right[place + 1 :]]
+        assert case.check("idefics2_fast", wrong) != "", place
+
+
 def test_passes_are_told_apart(case: Case) -> None:
     assert {row.pass_ for row in case.rows} <= {"forward", "backward", "both"}
     assert len({(row.name, row.pass_) for row in case.rows}) == len(case.rows)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from idefics2_fast import ops
+from idefics2_fast.benchmarks.accuracy import off_by
 from idefics2_fast.benchmarks.case import ENGINE, Case, Figure, Figures, LeftOut, Row, Scope
 from idefics2_fast.benchmarks.sm90 import resources, roofline
 from idefics2_fast.benchmarks.timing import Call, Watch
@@ -183,7 +184,6 @@ def _near(work: Work, grad: Tensor, backward: bool) -> Callable[[str, Sequence[T
         expected = torch.autograd.grad(y, leaves, grad.float()) if backward else [y.detach()]
 
     def check(_: str, actual: Sequence[Tensor]) -> str:
-        worst = max(((left.float() - right).norm() / right.norm()).item() for left, right in zip(actual, expected, strict=True))
-        return "" if worst <= TOLERANCE else f"off by {worst:.1e}, {TOLERANCE:.0e} is allowed"
+        return off_by(actual, expected, TOLERANCE)
 
     return check
