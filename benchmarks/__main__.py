@@ -44,9 +44,13 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 where this engine was wrong or something became slower; 130 after Ctrl-C, which keeps what was measured."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.compare:
-        return compare.main(*options.compare, options.threshold)
+        try:
+            return compare.main(*options.compare, options.threshold)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if options.readme:
         return readme.main()
     status = 0 if options.no_run else _run(options)

@@ -208,11 +208,13 @@ def attach_adapters(
         seed: of A and of the dropout.
 
     Raises:
-        ValueError: an unknown part or rule; a model that carries adapters already, unless all have names; dropout where the model takes a
+        ValueError: an unknown part or rule; a rank below 1; a model that carries adapters already, unless all have names; dropout where the model takes a
             matrix itself.
     """
     if dropout_rule not in RULES:
         raise ValueError(f"dropout_rule is {dropout_rule!r}, expected one of {', '.join(RULES)}")
+    if rank < 1:
+        raise ValueError(f"rank is {rank}, expected 1 or more")
     for part in targets:
         if part not in PARTS:
             raise ValueError(f"targets has {part!r}, expected parts among {', '.join(PARTS)}")

@@ -420,6 +420,11 @@ def test_a_rule_that_does_not_exist_is_named():
         attach_adapters(base_model(), dropout_rule="base")
 
 
+def test_a_rank_below_one_is_named():
+    with pytest.raises(ValueError, match="rank is 0, expected 1 or more"):
+        attach_adapters(base_model(), rank=0)
+
+
 def test_mistakes_with_names_are_named(tmp_path):
     model = base_model()
     packed, (batch, *_) = documents("fr", "it", pictures=False)

@@ -600,3 +600,12 @@ def test_the_demo_fails_where_token_ids_differ(monkeypatch, no_memory, capsys, l
     assert ("All token ids are identical." in printed) == (not code)
     assert max(map(len, printed.splitlines())) <= 120
     assert "\x1b" not in printed
+
+
+def test_files_that_cannot_be_compared_are_named_in_a_line(tmp_path, capsys):
+    (tmp_path / "bad").write_text('{"a": 1}\n')
+    for old, message in (("missing", "No such file"), ("bad", "line 1: not a record of this schema")):
+        with pytest.raises(SystemExit) as end:
+            command.main(["--compare", str(tmp_path / old), str(tmp_path / "bad")])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
