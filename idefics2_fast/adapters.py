@@ -208,8 +208,8 @@ def attach_adapters(
         seed: of A and of the dropout.
 
     Raises:
-        ValueError: an unknown part or rule; a rank below 1; a model that carries adapters already, unless all have names; dropout where the model takes a
-            matrix itself.
+        ValueError: an unknown part or rule; a rank below 1; a model that carries adapters already, unless all have names; dropout where
+            the model takes a matrix itself.
     """
     if dropout_rule not in RULES:
         raise ValueError(f"dropout_rule is {dropout_rule!r}, expected one of {', '.join(RULES)}")
