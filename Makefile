@@ -5,6 +5,10 @@ TORCH_INDEX ?=
 # More arguments for pytest and for the benchmarks.
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# Of the slow tests: 0, 1 or 2, a third of them; all; auto, the third that HEAD's hash modulo 3 names.
+SHARE ?= auto
+# Slow tests one of whose files changed since this commit run in every share; by default the newest that is 12 hours older than HEAD.
+BASE ?=
 # How long `make fuzz` looks for faults.
 FUZZ_SECONDS ?= 20
 
@@ -17,7 +21,7 @@ RUN := .venv/bin/python -m
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all test-oldest peers sanitize fuzz bench rivals lint clean
+.PHONY: help demo test test-share test-all test-oldest peers sanitize fuzz bench rivals lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -32,6 +36,11 @@ test: lint ## lint, then the fast tests; those for CUDA too where there is a dev
 test-all: lint peers ## lint, then every test, the slow ones and other people's too, the oldest transformers, the checks of the C++ code
 	@$(RUN) pytest $(PARALLEL) $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-oldest sanitize fuzz
+
+test-share: lint peers ## a third of what test-all has beside test, by turns, and what has changed files (SHARE=0, 1, 2, auto or all, BASE=a commit)
+	@$(RUN) pytest -m slow --share '$(SHARE)' --base '$(BASE)' $(PARALLEL) $(PYTEST_ARGS)
+	@steps=$$(.venv/bin/python tests/support/shares.py --share '$(SHARE)' --base '$(BASE)' test-oldest sanitize fuzz) && \
+		for step in $$steps; do $(MAKE) --no-print-directory $$step || exit; done
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 CHECKED := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -w $(CHECKS)

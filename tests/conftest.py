@@ -1,4 +1,7 @@
-"""What all tests share: no network, helpers under the name `support`, and tests marked `cuda` skipped where there is no device."""
+"""What all tests share: no network, helpers under the name `support`, and which tests run.
+
+Tests marked `cuda` are skipped where there is no device; of slow tests `--share` chooses some.
+"""
 
 import os
 
@@ -9,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +23,51 @@ support.__path__ = [str(Path(__file__).parent / "support")]
 sys.modules["support"] = support
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+from support import shares  # noqa: E402 -- a folder under the name given above
+
+_said = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", default="all", help=f"slow tests that run: {', '.join(shares.NAMES)} (HEAD modulo {shares.COUNT}: auto)")
+    parser.addoption("--base", default="", help="slow tests with a file changed since this commit run, too (of the day before HEAD)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("share") != "all":
+        take_share(config, items)
+
+
+def take_share(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves slow tests of other shares out, but for those whose files have changed."""
+    try:
+        turn = shares.turn_of(config.getoption("share"), config.getoption("base"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    taken = {item.nodeid for item in slow if turn.takes(item.nodeid, shares.files_of(item.path))}
+    left = [item for item in slow if item.nodeid not in taken]
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
+    config.stash[_said] = list(shares.summary(turn, taken, [item.nodeid for item in left]))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes: what it found is said by the first
+        session.config.workeroutput["shares"] = session.config.stash.get(_said, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_said] = getattr(node, "workeroutput", {}).get("shares", [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if lines := config.stash.get(_said, []):
+        terminalreporter.section("slow tests by turns")
+        for line in lines:
+            terminalreporter.line(line)
