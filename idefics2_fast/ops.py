@@ -39,8 +39,13 @@ _overrides: dict[str, str] = {}
 
 
 @cache
-def _installed(package: str) -> bool:
+def _found(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+@torch.compiler.assume_constant_result
+def _installed(package: str) -> bool:
+    return _found(package)
 
 
 def _flash_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None, scale: float) -> Tensor:
@@ -245,7 +250,9 @@ IMPLEMENTATIONS: dict[str, dict[str, tuple[Runs, Callable[..., Any]]]] = {
 
 def choose(op: str, x: Tensor) -> str:
     """The name of the implementation that `op` takes for queries (or rows) like `x`."""
-    return _overrides.get(op) or _preferred(op, "cpu" if x.is_cpu else x.device.type, x.dtype, x.shape[-1])
+    # The compiler reads through caches, and says so in a warning.
+    preferred = _preferred.__wrapped__ if torch.compiler.is_compiling() else _preferred
+    return _overrides.get(op) or preferred(op, "cpu" if x.is_cpu else x.device.type, x.dtype, x.shape[-1])
 
 
 @cache

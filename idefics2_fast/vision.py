@@ -33,16 +33,19 @@ class PatchEmbedding(nn.Module):
     def _project(self, patches: Tensor) -> Tensor:
         """Floats are projected as they are; bytes x stand for (x / 255 - 0.5) / 0.5 = (x - 128) / 127.5 + 1 / 255.
 
-        x - 128 is exact in bf16, and the weight stays the checkpoint's own.
+        x - 128 is exact in bf16, and the weight stays the checkpoint's own. The result is rounded once, and where the product is one of
+        half precision its bias before it.
         """
         weight, bias = self.projection.weight, self.projection.bias
         if patches.dtype != torch.uint8:
             return self.projection(patches.to(weight.dtype))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        shift = bias.to(wide) + weight.sum(1, dtype=wide) / 255
+        if ops.choose("linear", weight) == "upcast":
+            centred = patches.to(wide).sub_(128)
+            return torch.addmm(shift, centred, weight.to(wide).T, alpha=1 / 127.5).to(weight.dtype)
         centred = patches.to(weight.dtype).sub_(128)
-        shift = (bias.float() + weight.sum(1, dtype=torch.float32) / 255).to(bias.dtype)
-        if ops.choose("linear", centred) == "upcast":
-            return ops.linear(centred, weight).div(127.5).add_(shift)
-        return torch.addmm(shift, centred, weight.T, alpha=1 / 127.5)
+        return torch.addmm(shift.to(bias.dtype), centred, weight.T, alpha=1 / 127.5)
 
 
 class VisionAttention(nn.Module):

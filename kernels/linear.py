@@ -28,10 +28,20 @@ WIDE = 256
 TALL = 8
 
 
+# The operators that say whether oneDNN multiplies a dtype on this CPU, capped or not. Builds without oneDNN have none.
+_QUESTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
 @functools.cache
+def _asked(dtype: torch.dtype) -> bool:
+    question = getattr(torch.ops.mkldnn, _QUESTIONS[dtype], None)
+    return question is not None and question()
+
+
+@torch.compiler.assume_constant_result
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    supported = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported}
-    return supported[dtype]()
+    """Whether this CPU has units for products of a half-precision dtype."""
+    return _asked(dtype)
 
 
 def needs_upcast(device: str, dtype: torch.dtype) -> bool:

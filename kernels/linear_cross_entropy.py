@@ -25,7 +25,7 @@ LOGITS = {"cpu": 1 << 23}
 MANY_LOGITS = 1 << 28
 # Products take whole multiples of so many rows: of 103 they run at two thirds of the speed of 112.
 MULTIPLE = 16
-# Rows of W that are widened at a time where a CPU has no half-precision units.
+# Rows of W that are widened at a time where products are wider than W.
 BLOCK = 512
 
 
@@ -34,8 +34,9 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The formula through full logits, in fp32 (fp64 for fp64); see `chunked`."""
     _check(hidden, weight, targets, row_weights)
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = _wide_dtype(hidden, weight)
+    logits = F.linear(hidden.to(wide), weight.to(wide))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast rounds them
     losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
     counted = targets != ignore_index
     losses = losses + z_loss * logits.logsumexp(1).square() * counted
@@ -46,6 +47,9 @@ def chunked(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, row_weights: Tensor | None = None, ignore_index: int = IGNORED, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The sum of the rows' losses, and how many rows count.
+
+    On a CPU the products are in fp32 at least, whether or not it has half-precision units: these would round logits to the operands'
+    dtype, an error of 2^-9 of a logit in bf16. Under autocast, and on other devices, products are in the dtype of a linear layer's.
 
     Args:
         hidden: [R, C], after the last norm.
@@ -93,13 +97,21 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor 
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{rows}] as the rows of hidden")
 
 
+def _wide_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """As a linear layer would multiply, autocast included; in fp32 where a CPU multiplies half precision number by number."""
+    """At least fp32 on a CPU: its products of half precision have no wider output.
+
+    Elsewhere, and under autocast, as a linear layer would multiply; in fp32 where a CPU multiplies half precision number by number.
+    """
     device = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return torch.float32 if needs_upcast(device, dtype) else dtype
+        return torch.float32 if needs_upcast(device, dtype) else dtype
+    return _wide_dtype(hidden, weight) if device == "cpu" else dtype
 
 
 def sum_and_count(
@@ -189,7 +201,9 @@ def _by_chunks(
         total += losses_of(logits, chunk).sum()
         if grad_hidden.ndim == 2:
             rows_of = buffer[:, : padded.shape[0]]  # a product of two or three rows would sum in another order, less exactly
-            grad_padded = sum(rows_of[block].T.to(dtype) @ wide for block, wide in _blocks(weight, dtype))
+            grad_padded = grad_hidden.new_zeros(padded.shape)
+            for block, wide in _blocks(weight, dtype):
+                _multiply(rows_of[block].T.to(dtype), wide, out=grad_padded, add=True)
             grad_hidden[chunk] = grad_padded[: h.shape[0]]
         if grad_weight.ndim == 2:
             _multiply(logits.to(dtype), h, out=grad_weight, add=True)
@@ -197,7 +211,7 @@ def _by_chunks(
 
 def _outputs(hidden: Tensor, weight: Tensor, wants_hidden: bool, wants_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what the operator returns."""
-    wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    wide = _wide_dtype(hidden, weight)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(hidden.shape if wants_hidden else (0,), dtype=wide),

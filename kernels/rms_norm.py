@@ -30,6 +30,8 @@ def rstd(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps), fp32 (fp64 for fp64) [T, 1]."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    if torch.compiler.is_compiling():
+        return (norm.square() / x.shape[-1] + eps).rsqrt()
     return torch.addcmul(_constant(eps, dtype, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt()
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: no network, helpers under the name `support`, and which tests run.
+"""What all tests share: no network, helpers under the name `support`, which tests run, and on which kind of CPU (`CPU_UNITS`).
 
 Tests marked `cuda` are skipped where there is no device; of slow tests `--share` chooses some.
 """
@@ -15,15 +15,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 # The folder tests/ itself stays off sys.path: no process may see tests/kernels as the package `kernels` of another project.
 support = ModuleType("support")
 support.__path__ = [str(Path(__file__).parent / "support")]
 sys.modules["support"] = support
 
+from support import cpu_units, shares  # noqa: E402 -- a folder under the name given above
 
-from support import shares  # noqa: E402 -- a folder under the name given above
+cpu_units.prepare()  # read when torch is imported
+
+import torch  # noqa: E402
 
 _said = pytest.StashKey[list[str]]()
 
@@ -31,6 +33,14 @@ _said = pytest.StashKey[list[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", default="all", help=f"slow tests that run: {', '.join(shares.NAMES)} (HEAD modulo {shares.COUNT}: auto)")
     parser.addoption("--base", default="", help="slow tests with a file changed since this commit run, too (of the day before HEAD)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cpu_units.apply()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return cpu_units.note()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -199,12 +199,14 @@ def test_autocast_multiplies_as_a_linear_layer_does():
 
 
 def test_half_precision_units(monkeypatch):
-    """Where a device multiplies bf16 itself, products are bf16 and everything else fp32."""
+    """Under autocast, where a device multiplies bf16 itself, products are bf16 and everything else fp32."""
     monkeypatch.setattr(linear_cross_entropy, "needs_upcast", lambda device, dtype: False)
     hidden, weight, targets = draw(16, dtype=torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     expected, _ = reference(*exact, targets)
-    actual, _ = chunked(hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_cross_entropy._product_dtype(hidden, weight) == torch.bfloat16
+        actual, _ = chunked(hidden, weight, targets)
     expected.backward(), actual.backward()
     close(actual, expected, 2**-8)
     for ours, theirs in zip((hidden, weight), exact, strict=True):

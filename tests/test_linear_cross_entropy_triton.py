@@ -238,8 +238,9 @@ SHAPES = [
 
 
 def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that multiplies bf16 itself."""
-    monkeypatch.setattr(linear_cross_entropy, "needs_upcast", lambda device, dtype: False)
+    """As on a GPU, whose products are in the operands' dtype."""
+    product_dtype = lambda hidden, weight: torch.promote_types(hidden.dtype, weight.dtype)  # noqa: E731
+    monkeypatch.setattr(linear_cross_entropy, "_product_dtype", product_dtype)
 
 
 @pytest.mark.parametrize(
