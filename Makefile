@@ -21,7 +21,7 @@ RUN := .venv/bin/python -m
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALL := $(RUN) pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-share test-all test-oldest peers sanitize fuzz bench rivals lint clean
+.PHONY: help demo test test-share test-all test-cpus test-oldest peers sanitize fuzz bench rivals lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -33,9 +33,16 @@ demo: .venv/ready ## answer prompts about photographs beside transformers; then 
 test: lint ## lint, then the fast tests; those for CUDA too where there is a device
 	@$(RUN) pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
-test-all: lint peers ## lint, then every test, the slow ones and other people's too, the oldest transformers, the checks of the C++ code
+test-all: lint peers ## lint, then every test, the slow ones and other people's too, another kind of CPU, the oldest transformers, the checks of the C++ code
 	@$(RUN) pytest $(PARALLEL) $(PYTEST_ARGS)
-	@$(MAKE) --no-print-directory test-oldest sanitize fuzz
+	@$(MAKE) --no-print-directory test-cpus test-oldest sanitize fuzz
+
+# What torch computes on a CPU in numbers that its units can change.
+NUMERIC := cpu_units ops linear_cross_entropy dora_linear row_norm embedding perceiver_context model generate adapters patch neftune
+NUMERIC_TESTS := $(filter-out %_triton.py,$(wildcard $(foreach name,$(NUMERIC),tests/test_$(name)*.py) tests/training/test_trainer*.py tests/training/test_optim.py))
+
+test-cpus: .venv/ready ## the numeric tests as on another kind of CPU: half-precision units capped where there are any, emulated elsewhere
+	@CPU_UNITS=other $(RUN) pytest -m "not slow" $(PARALLEL) $(NUMERIC_TESTS)
 
 test-share: lint peers ## a third of what test-all has beside test, by turns, and what has changed files (SHARE=0, 1, 2, auto or all, BASE=a commit)
 	@$(RUN) pytest -m slow --share '$(SHARE)' --base '$(BASE)' $(PARALLEL) $(PYTEST_ARGS)

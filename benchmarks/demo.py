@@ -99,12 +99,18 @@ def _header(providers: Sequence[Provider], device: torch.device) -> str:
     )
 
 
+def _size_of(name: str) -> str:
+    """Width and height of a photograph."""
+    with Image.open(photograph(name)) as image:
+        return f"{image.width}x{image.height}"
+
+
 def _transcript(tokens: dict[str, list[list[int]]], hf: HuggingFace) -> str:
     """Every prompt with its photographs, whether the providers' token ids are identical, and the text."""
     lines = []
     prompts = [(prompt, split) for split, batch in BATCHES.items() for prompt in batch]
     for index, (prompt, split) in enumerate(prompts):
-        pictures = ", ".join(f"{name} {'x'.join(map(str, Image.open(photograph(name)).size))}" for name in prompt.photographs)
+        pictures = ", ".join(f"{name} {_size_of(name)}" for name in prompt.photographs)
         given = {name: answers[index] for name, answers in tokens.items()}
         same = all(ids == given[HuggingFace.name] for ids in given.values())
         text = _printable(hf.processor.decode(given[ENGINE], skip_special_tokens=True))

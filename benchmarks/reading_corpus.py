@@ -178,7 +178,8 @@ def random_letters(chance: random.Random, lengths: tuple[int, int], held_out: bo
 @functools.cache
 def _thumbnail(name: str) -> Image.Image:
     """The photograph, its longer side 80 pixels."""
-    image = Image.open(photograph(name)).convert("RGB")
+    with Image.open(photograph(name)) as opened:
+        image = opened.convert("RGB")
     image.thumbnail((80, 80))
     return image
 

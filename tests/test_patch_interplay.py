@@ -183,12 +183,18 @@ def test_signatures_stay(model):
 # Training as it is set up elsewhere.
 
 
+def checkpoint_activations(model, settings: dict[str, bool]) -> None:
+    """By transformers' name for it: another one before 5.23."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(settings)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     model, inputs = with_adapter(fresh(), use_dora=True), inputs_of()
     model.enable_input_require_grads()
     expected = trained(model, inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, {"use_reentrant": reentrant})
     calls = []
     model.base_model.model.model.vision_model.encoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     with idefics2_fast.patch(model):
