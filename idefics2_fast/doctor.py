@@ -12,6 +12,7 @@ A kernel that reads where it must not ends CUDA for its process. Its verdict is 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -167,6 +168,17 @@ def _distance(x: Tensor, truth: Tensor) -> float:
 
 
 # --- verdicts kept ---
+
+
+@torch.compiler.assume_constant_result
+def installed(package: str) -> bool:
+    """Whether a package can be imported here."""
+    return _found(package)
+
+
+@cache
+def _found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @torch.compiler.assume_constant_result

@@ -8,7 +8,6 @@ The rule is `choose`. Every op takes the first implementation of its row in `IMP
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -38,14 +37,10 @@ _HALF = (torch.bfloat16, torch.float16)
 _overrides: dict[str, str] = {}
 
 
-@cache
-def _found(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-@torch.compiler.assume_constant_result
 def _installed(package: str) -> bool:
-    return _found(package)
+    from idefics2_fast import doctor
+
+    return doctor.installed(package)
 
 
 def _flash_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, window: int | None, scale: float) -> Tensor:

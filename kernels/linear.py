@@ -11,7 +11,6 @@ matrix at two thirds. `cpu` turns these products round.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -28,20 +27,14 @@ WIDE = 256
 TALL = 8
 
 
-# The operators that say whether oneDNN multiplies a dtype on this CPU, capped or not. Builds without oneDNN have none.
+# Operators that say whether oneDNN multiplies a dtype on this CPU, capped or not. Builds without oneDNN have none.
 _QUESTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+UNITS = {dtype for dtype, question in _QUESTIONS.items() if getattr(torch.ops.mkldnn, question, bool)()}
 
 
-@functools.cache
-def _asked(dtype: torch.dtype) -> bool:
-    question = getattr(torch.ops.mkldnn, _QUESTIONS[dtype], None)
-    return question is not None and question()
-
-
-@torch.compiler.assume_constant_result
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has units for products of a half-precision dtype."""
-    return _asked(dtype)
+    return dtype in UNITS
 
 
 def needs_upcast(device: str, dtype: torch.dtype) -> bool:

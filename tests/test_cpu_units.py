@@ -108,6 +108,16 @@ def test_patches_of_bytes_are_rounded_once(dtype):
     assert ((embedding._project(patches).double() - expected).abs() <= allowed).all()
 
 
+@pytest.mark.usefixtures("answered")
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_choice_compiles(dtype):
+    """In one graph, without a warning of a cache that the compiler reads through: pyproject.toml makes it an error."""
+    x, weight, scale = draw(ROWS, WIDTH, dtype=dtype), draw(CLASSES, WIDTH, seed=1, dtype=dtype), torch.ones(CLASSES, dtype=dtype)
+    layer = lambda x: ops.rms_norm(ops.linear(x, weight), scale, 1e-5)  # noqa: E731
+    actual = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(actual, layer(x))
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("product", ["mm", "addmm", "bmm", "linear"])
 def test_torch_rounds_products_of_half_precision_once(product, dtype):

@@ -58,7 +58,7 @@ def units() -> list[str]:
     """The dtypes of half precision that torch multiplies by units of this CPU."""
     from idefics2_fast.kernels import linear
 
-    return [str(dtype).removeprefix("torch.") for dtype in linear._QUESTIONS if linear._asked(dtype)]
+    return sorted(str(dtype).removeprefix("torch.") for dtype in linear.UNITS)
 
 
 def note() -> str:
@@ -70,8 +70,8 @@ def note() -> str:
 
 
 def _units_elsewhere() -> bool:
-    """Whether a process without caps finds units for bf16: torch is not yet imported in this one."""
+    """Whether a process without caps finds units: torch is not yet imported in this one."""
     environment = {name: value for name, value in os.environ.items() if name not in CAPS}
-    code = "from idefics2_fast.kernels import linear; import torch; print(linear._asked(torch.bfloat16))"
+    code = "from idefics2_fast.kernels import linear; print(bool(linear.UNITS))"
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return run.stdout.strip() == "True"
