@@ -12,6 +12,7 @@ _HOMES = {
     "Generation": "generate",
     "Idefics2": "model",
     "Idefics2Config": "config",
+    "ImageLimits": "image_limits",
     "PackedImages": "images",
     "Processor": "processor",
     "Segments": "kernels.segments",

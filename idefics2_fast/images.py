@@ -10,10 +10,13 @@ import functools
 import io
 import math
 import os
+import stat
+import struct
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,18 +25,27 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from idefics2_fast import _C
+from idefics2_fast.image_limits import (
+    DEFAULT_LIMITS,
+    MAX_PIXELS,
+    ImageLimits,
+    check_headers,
+    require_file_bytes,
+    require_memory,
+    require_size,
+)
 from idefics2_fast.kernels.segments import Segments
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 PATCH_SIZE = 14
 PATCH_DIM = 3 * PATCH_SIZE * PATCH_SIZE
-MAX_PIXELS = 178_000_000
 MAX_UPSCALE = 1000.0
+PIXELS_AT_ONCE = 1 << 18  # of steps that make copies
 DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 
 # Each byte's value after Hugging Face's steps: x / 255 in float64, rounded to float32, minus 0.5, over 0.5.
@@ -135,6 +147,7 @@ def pack_images(
     positions_per_side: int = 70,
     position_ids: str = "transformers-5",
     max_pixels: int = MAX_PIXELS,
+    limits: ImageLimits = DEFAULT_LIMITS,
     upscale: Sequence[float] | None = None,
     out: Tensor | np.ndarray | BufferRing | None = None,
     threads: int | None = None,
@@ -143,7 +156,8 @@ def pack_images(
 
     Files (paths and bytes) are turned upright by their EXIF orientation; PIL images and arrays are taken as they are. Transparency is
     laid on white; grey, palette, CMYK and other modes become RGB as Pillow converts them; 16-bit and float modes are clipped to 0..255.
-    Python's lock is released over the pixels: an image or array must not be changed by another thread meanwhile.
+    Python's lock is released over the pixels: an image or array must not be changed by another thread meanwhile. One PIL image may stand
+    in several places of a batch and be packed by several threads at once. `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` is heeded, with a warning.
 
     Args:
         images: paths, the bytes of files, PIL images, or uint8 arrays [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (channels last, always).
@@ -152,6 +166,7 @@ def pack_images(
         positions_per_side: side of the vision tower's position table. An image may have more patches on a side.
         position_ids: formula of the positions: "transformers-5", or "transformers-4.40" as when the released model was trained.
         max_pixels: larger images are refused before they are decoded. Pillow's own limit, 178.9 million, holds beside it for files.
+        limits: what an image may cost beside that, and the formats that are read.
         upscale: a factor for each image, 1 or more, by which both sides grow before the rule above; it is all one resize.
         out: contiguous [at least P, 588] of `dtype` on the CPU, to be written to: `patches` is its beginning. After an error its
             contents are undefined. Or a `BufferRing`, which has room for any batch.
@@ -163,7 +178,7 @@ def pack_images(
     factors = _check_arguments(images, dtype, upscale, threads)
     threads = threads or _C.num_threads()
     workers = max(1, min(threads, len(images)))
-    opened = _each_image(lambda index: _open(images[index], max_pixels), len(images), workers)
+    opened = _each_image(lambda index: _open(images[index], max_pixels, limits), len(images), workers)
     rules = {"split": split, "shortest_edge": shortest_edge, "longest_edge": longest_edge}
     plans = _each_image(lambda index: plan_crops(*opened[index].size, upscale=factors[index], **rules), len(images))
     crops = [crop for plan in plans for crop in plan]
@@ -193,13 +208,13 @@ def pack_images(
     )
 
 
-def image_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
+def image_size(source: ImageSource, max_pixels: int, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
     """(height, width) of an image as `pack_images` will read it, upright; of most files from their headers alone.
 
     Raises:
-        ValueError: not an image, or one of more than `max_pixels`.
+        ValueError: not an image, or one that is over a limit.
     """
-    return _open(source, max_pixels).size
+    return _open(source, max_pixels, limits).size
 
 
 def set_num_threads(threads: int) -> None:
@@ -283,31 +298,61 @@ class _Opened:
     read: Callable[[], np.ndarray]
 
 
-def _open(source: ImageSource, max_pixels: int) -> _Opened:
+def _open(source: ImageSource, max_pixels: int, limits: ImageLimits) -> _Opened:
     if isinstance(source, np.ndarray):
-        _check_array(source, max_pixels)
+        _check_array(source, max_pixels, limits)
         return _Opened(source.shape[:2], lambda: _pixels_of_array(source))
     if isinstance(source, Image.Image):
-        _require_pixels(source.height, source.width, max_pixels)
-        return _Opened((source.height, source.width), lambda: decode(source, "the PIL image"))
+        return _open_pillow(source, max_pixels, limits)
     if isinstance(source, bytes):
-        return _open_file(source, f"the file of {len(source)} bytes", max_pixels)
+        return _open_file(source, f"the file of {len(source)} bytes", max_pixels, limits)
     if isinstance(source, str | os.PathLike):
-        return _open_file(_bytes_of(os.fspath(source)), str(source), max_pixels)
+        path = os.fsdecode(source)
+        return _open_file(_bytes_of(path, limits), path, max_pixels, limits)
     raise ValueError(f"a {type(source).__name__} is not an image: expected a path, bytes, a PIL image or a uint8 array")
 
 
-def _open_file(data: bytes, name: str, max_pixels: int) -> _Opened:
+def _open_pillow(image: Image.Image, max_pixels: int, limits: ImageLimits) -> _Opened:
+    require_size(image.height, image.width, max_pixels, limits)
+    with _decoding_errors_name("the PIL image"), _alone(image):
+        data = _undecoded(image, limits)
+        if data is not None:
+            if image.format not in (*limits.formats, "MPO"):
+                raise ValueError(_refusal(str(image.format), limits))
+            check_headers(data, max_pixels, limits)
+        require_memory(image, data, limits, max_pixels)
+        return _Opened((image.height, image.width), lambda: decode(image, "the PIL image"))
+
+
+def _undecoded(image: Image.Image, limits: ImageLimits) -> bytes | None:
+    """The file of an image that is opened and not yet decoded; None of one whose pixels are in memory, or whose file is closed."""
+    file = getattr(image, "fp", None)
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or file is None or file.closed:
+        return None
+    place = file.tell()
+    try:
+        require_file_bytes(file.seek(0, os.SEEK_END), "its file", limits)
+        file.seek(0)
+        return file.read()
+    finally:
+        file.seek(place)
+
+
+def _open_file(data: bytes, name: str, max_pixels: int, limits: ImageLimits) -> _Opened:
+    require_file_bytes(len(data), name, limits)
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        _warn_of_truncated_images()
     with _decoding_errors_name(name):
-        image = Image.open(io.BytesIO(data))
-        _require_pixels(image.height, image.width, max_pixels)
+        check_headers(data, max_pixels, limits)
+        image = _identified(data, name, limits)
+        require_memory(image, data, limits, max_pixels)
         if image.format in ("JPEG", "MPO", "WEBP"):
             turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
         elif image.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION_NAMES):
             turned = False
         else:  # other formats show their orientation, and some their size, only when they are decoded
             ImageOps.exif_transpose(image, in_place=True)
-            _require_pixels(image.height, image.width, max_pixels)
+            require_size(image.height, image.width, max_pixels, limits)
             turned = False
 
     def read() -> np.ndarray:
@@ -316,6 +361,69 @@ def _open_file(data: bytes, name: str, max_pixels: int) -> _Opened:
         return decode(image, name)
 
     return _Opened((image.width, image.height) if turned else (image.height, image.width), read)
+
+
+def _identified(data: bytes, name: str, limits: ImageLimits) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=limits.formats)
+    except UnidentifiedImageError:
+        other = _other_format(data, limits)
+        if other:
+            raise ValueError(f"{name}: {_refusal(other, limits)}") from None
+        raise
+
+
+def _other_format(data: bytes, limits: ImageLimits) -> str:
+    """The format of a file that only another of Pillow's readers would take; "" where none would."""
+    for name in Image.OPEN.keys() - {*limits.formats}:
+        accepts = Image.OPEN[name][1]
+        with suppress(IndexError, struct.error):  # a file shorter than what the reader looks at
+            if accepts and accepts(data[:16]) is True:
+                return name
+    return ""
+
+
+def _refusal(format: str, limits: ImageLimits) -> str:
+    return f"the format is {format}, expected one of {', '.join(limits.formats)} (ImageLimits.formats)"
+
+
+@functools.cache
+def _warn_of_truncated_images() -> None:
+    warnings.warn(
+        "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: files that are cut short are taken, the rest of their pixels grey or black",
+        stacklevel=2,
+    )
+
+
+# Pillow decodes an image where it is first used, by seeking and reading: one thread at a time may do so with an image, or with a file
+# that several images share. Of each that is in use: its lock, and how many hold it or wait. By id: who waits keeps the object alive.
+_in_use: dict[int, tuple[threading.RLock, list[None]]] = {}
+_in_use_lock = threading.Lock()
+
+
+@contextmanager
+def _alone(image: Image.Image) -> Iterator[None]:
+    """Within it no other thread is here with the same image, or with one of the same file."""
+    with _holding(image), _holding(getattr(image, "fp", None) or getattr(image, "_fp", None)):
+        yield
+
+
+@contextmanager
+def _holding(thing: object) -> Iterator[None]:
+    if thing is None:
+        yield
+        return
+    with _in_use_lock:
+        lock, users = _in_use.setdefault(id(thing), (threading.RLock(), []))
+        users.append(None)
+    try:
+        with lock:
+            yield
+    finally:
+        with _in_use_lock:
+            users.pop()
+            if not users:
+                del _in_use[id(thing)]
 
 
 @contextmanager
@@ -332,6 +440,18 @@ def _decoding_errors_name(name: str) -> Iterator[None]:
     except Exception as error:  # a damaged file makes Pillow's many decoders raise almost anything
         raise ValueError(f"{name} cannot be decoded: {error}") from error
 
+
+def _forget_other_threads() -> None:
+    """In a forked child, where the threads that held these locks do not exist."""
+    global _in_use_lock, _block_lock, _block_users
+    _in_use.clear()
+    _in_use_lock, _block_lock = threading.Lock(), threading.Lock()
+    if _block_users:
+        Image.core.set_use_block_allocator(_block_before)
+    _block_users = 0
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 _block_lock = threading.Lock()
 _block_users = 0
@@ -360,7 +480,12 @@ def one_block() -> Iterator[None]:
 
 
 def decode(image: Image.Image, name: str) -> np.ndarray:
-    with _decoding_errors_name(name):
+    """uint8 [H, W, 3 or 4], the first three RGB; of an RGB image, where Pillow allows it, a read-only view.
+
+    Raises:
+        ValueError: an image that cannot be decoded, by its name.
+    """
+    with _decoding_errors_name(name), _alone(image):
         image = _rgb(image)
         try:
             _, array = image.__arrow_c_array__()
@@ -375,41 +500,63 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError("the image has NaN pixels, expected numbers")
     image.load()
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _bytes_of(path: str) -> bytes:
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB; some rows at once, for each step makes a copy."""
+    rows = max(1, PIXELS_AT_ONCE // image.width)
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
+        flat.paste(part.convert("RGB"), (0, top))
+    return flat
+
+
+def _bytes_of(path: str, limits: ImageLimits) -> bytes:
     if path.startswith(("http://", "https://")):
         raise ValueError(f"{path} is not downloaded: expected a local file, or the bytes of one")
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}")
+    try:
+        found = os.stat(path)
+    except OSError:
+        raise ValueError(f"there is no file {path}") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise ValueError(f"there is no file {path}: it is a folder")
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device never end
+        raise ValueError(f"{path} is no regular file")
+    require_file_bytes(found.st_size, path, limits)
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _check_array(array: np.ndarray, max_pixels: int) -> None:
+def _check_array(array: np.ndarray, max_pixels: int, limits: ImageLimits) -> None:
     if array.dtype != np.uint8:
         nan = " with NaN pixels" if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any() else ""
         raise ValueError(f"the array is {array.dtype}{nan}, expected uint8 with values 0 to 255")
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ValueError(f"the array has shape {list(array.shape)}, expected [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: channels last")
-    _require_pixels(*array.shape[:2], max_pixels)
+    require_size(*array.shape[:2], max_pixels, limits)
 
 
 def _pixels_of_array(array: np.ndarray) -> np.ndarray:
     if array.shape[2:] in ((), (1,)):
         return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
-    if array.shape[2] == 4:  # Hugging Face's formula for arrays; Pillow's differs in the last bit
-        alpha = array[..., 3:] / 255
-        array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+    if array.shape[2] == 4:
+        return _array_on_white(array)
     rows_are_whole = array.strides[2] == 1 and array.strides[1] == 3
     return array if rows_are_whole else np.array(array, order="C")
 
 
-def _require_pixels(height: int, width: int, max_pixels: int) -> None:
-    if not 1 <= height * width <= max_pixels:
-        raise ValueError(f"the image has {height}x{width} pixels (height x width), expected 1 to {max_pixels} in all (max_pixels)")
+def _array_on_white(array: np.ndarray) -> np.ndarray:
+    """By Hugging Face's formula for arrays, in double: Pillow's differs in the last bit. Some rows at once."""
+    flat = np.empty((*array.shape[:2], 3), np.uint8)
+    rows = max(1, PIXELS_AT_ONCE // array.shape[1])
+    for top in range(0, len(array), rows):
+        part = array[top : top + rows]
+        alpha = part[..., 3:] / 255
+        flat[top : top + rows] = np.round(alpha * part[..., :3] + (1 - alpha) * 255)
+    return flat

@@ -12,6 +12,7 @@ from reprlib import repr as short  # an image's bytes may stand in what a messag
 from typing import Any
 
 from idefics2_fast.batch import Batch, find_image_rows
+from idefics2_fast.image_limits import DEFAULT_LIMITS, ImageLimits
 from idefics2_fast.images import MAX_PIXELS, PATCH_SIZE, ImageSource, pack_images
 from idefics2_fast.weights import resolve_checkpoint
 
@@ -45,7 +46,7 @@ class Processor:
         split_images: give each image as its four quarters and then the whole.
         image_seq_len: placeholder tokens per image (or crop), the number of the model's perceiver latents.
         shortest_edge, longest_edge: of an image after resizing, in pixels.
-        positions_per_side, position_ids, max_pixels: as in `pack_images`.
+        positions_per_side, position_ids, max_pixels, limits: as in `pack_images`.
         max_positions: the longest prompt in tokens; None for no limit.
     """
 
@@ -57,6 +58,7 @@ class Processor:
     positions_per_side: int = 70
     position_ids: str = "transformers-5"
     max_pixels: int = MAX_PIXELS
+    limits: ImageLimits = DEFAULT_LIMITS
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Processor:
         image_seq_len: int | None = None,
         position_ids: str = "transformers-5",
         max_pixels: int = MAX_PIXELS,
+        limits: ImageLimits = DEFAULT_LIMITS,
         revision: str | None = None,
     ) -> Processor:
         """Reads the processor files of a checkpoint in Hugging Face's format: tokenizer, image settings, chat template.
@@ -80,7 +83,7 @@ class Processor:
         Args:
             path_or_hub_id: the checkpoint's folder, or its name on the Hugging Face hub.
             split_images, image_seq_len: override the files' `do_image_splitting` and `image_seq_len`.
-            position_ids, max_pixels: as in `pack_images`.
+            position_ids, max_pixels, limits: as in `pack_images`.
 
         Raises:
             ValueError: files missing or damaged, an image setting that this engine does not implement, or a tokenizer with ids that the
@@ -101,6 +104,7 @@ class Processor:
             longest_edge=longest_edge,
             position_ids=position_ids,
             max_pixels=max_pixels,
+            limits=limits,
             **_model_limits(config),
         )
         rows = (config.get("text_config") or {}).get("vocab_size", processor.vocab_size)
@@ -213,6 +217,7 @@ class Processor:
             positions_per_side=self.positions_per_side,
             position_ids=self.position_ids,
             max_pixels=self.max_pixels,
+            limits=self.limits,
         )
         batch = Batch.from_documents(
             documents, patches=packed.patches, patch_positions=packed.patch_positions, images=packed.images, tokenizer=self.tokenizer

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, Idefics2Processor
 
-from idefics2_fast import Batch, Processor, pack_images
+from idefics2_fast import Batch, ImageLimits, Processor, pack_images
 from idefics2_fast.benchmarks.local_checkpoint import write_processor
 
 FAKE, IMAGE, END = 32000, 32001, 32002
@@ -351,6 +351,12 @@ def test_a_models_config_gives_the_side_of_its_position_table(copy: Path) -> Non
     write_config(copy)
     batch = Processor.from_pretrained(copy)("<image>", photo())
     assert torch.equal(batch.patch_positions, pack_images([photo()], positions_per_side=27).patch_positions)
+
+
+def test_the_limits_of_images_can_be_moved(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"sides of at most 700 \(ImageLimits.side\)"):
+        Processor.from_pretrained(folder, limits=ImageLimits(side=700))("<image>", photo(0, 686, 812))
+    assert Processor.from_pretrained(folder)("<image>", photo(0, 686, 812)).images is not None
 
 
 def test_the_formula_of_the_positions_can_be_chosen(folder: Path) -> None:

@@ -268,6 +268,7 @@ def _pixels(document: Document, processor: Processor) -> PackedImages | Rejectio
             positions_per_side=processor.positions_per_side,
             position_ids=processor.position_ids,
             max_pixels=processor.max_pixels,
+            limits=processor.limits,
             upscale=document.upscale,
             threads=1,
         )

@@ -119,7 +119,7 @@ class Planner:
         """Patches of each crop of an image."""
         rules = {"shortest_edge": self.processor.shortest_edge, "longest_edge": self.processor.longest_edge}
         try:
-            height, width = image_size(image, self.processor.max_pixels)
+            height, width = image_size(image, self.processor.max_pixels, self.processor.limits)
             crops = plan_crops(height, width, split=split, upscale=upscale, **rules)
         except ValueError as error:
             raise ValueError(f"image {index}: {error}") from error
