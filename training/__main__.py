@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -52,7 +52,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _add_train(command: argparse.ArgumentParser, recipe: str) -> None:
     _add_common(command, lambda arguments: _train(arguments, recipe))
-    command.add_argument("--check", action="store_true", help="look at every row first, and train only if all can be used")
+    command.add_argument(
+        "--check", action="store_true", help="look at every row first, decode its images, and train only if all can be used"
+    )
     for name in ("model", "data", "out"):
         command.add_argument(f"--{name}", required=True, metavar="PATH", help=_field(name).metadata["note"])
 
@@ -133,18 +135,27 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
 
 
 def _check(recipe: Recipe, shown: bool) -> int:
-    """2 where a row cannot be used; each such row is printed. What is split or scaled up in any epoch, is here: it must fit then, too."""
+    """2 where a row cannot be used; each such row is printed.
+
+    Rows are joined, planned and their images decoded as in a run, so that both leave out the same.
+    Rows held out are looked at, too.
+    """
     from idefics2_fast import Processor
-    from idefics2_fast.training.run import planner_of
-    from idefics2_fast.training.sources import check, open_source
+    from idefics2_fast.training.loader import decode_images
+    from idefics2_fast.training.run import planner_of, trained_rows
+    from idefics2_fast.training.sources import Last, check, open_source
 
     source, bad = open_source(recipe.data), 0
-    planner = planner_of(recipe, Processor.from_pretrained(recipe.model))
-    largest = replace(planner, split_share=float(planner.split_share > 0), upscale_share=float(planner.upscale_share > 0))
-    for rejection in check(source, largest):
-        bad += 1
-        if shown:
-            print(rejection.reason, file=sys.stderr)
+    processor = Processor.from_pretrained(recipe.model)
+    planner = planner_of(recipe, processor)
+    trained = trained_rows(source, recipe, processor)
+    if shown:
+        print(f"looking at {len(source)} rows and decoding their images", flush=True)
+    for part in (trained, Last(source, recipe.held_out)):
+        for rejection in check(part, lambda sample: decode_images(planner(sample), processor), recipe.workers):
+            bad += rejection.rows
+            if shown:
+                print(rejection.reason, file=sys.stderr)
     if shown:
         print(f"{bad} of {len(source)} rows cannot be used", file=sys.stderr)
     return 2 if bad else 0

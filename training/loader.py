@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -158,7 +157,8 @@ class Loader:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._map = map if threads == 1 else self._executor.map
         reading = grain.ReadOptions(*((0, 0) if threads == 1 else (threads, 16 * threads)))
-        plans = grain.MapDataset.source(_Plans(source, planner, epochs, shuffle))
+        self._plans = _Plans(source, planner, epochs, shuffle)
+        plans = grain.MapDataset.source(self._plans)
         steps = _Steps(
             plans.to_iter_dataset(reading),
             plans,
@@ -203,13 +203,19 @@ class Loader:
     def _decode(self, plan: _StepPlan) -> tuple[Step, _StepPlan, list[Rejection]]:
         """A step of its plan, and the samples of this rank's slice whose images are damaged."""
         mine = plan.packs[self.slice]
-        pixels = [self._map(_pixels, pack.documents, repeat(self.planner.processor)) for pack in mine]
+        pixels = [self._map(self._pixels, pack.positions, pack.documents) for pack in mine]
         bases = np.cumsum([0, *(pack.tokens for pack in plan.packs)])[self.slice]
         damaged: list[Rejection] = []
         batches = [self._batch(pack, of_pack, int(base), damaged) for pack, of_pack, base in zip(mine, pixels, bases, strict=True)]
         tokens, patches = (sum(getattr(pack, name) for pack in plan.packs) for name in ("tokens", "patches"))
         fill = (tokens / (len(plan.packs) * self.planner.tokens), patches / (len(plan.packs) * self.planner.patches))
         return Step(plan.index, tuple(batches), plan.cursor / len(self.source), tokens, patches, fill), plan, damaged
+
+    def _pixels(self, position: int, document: Document) -> PackedImages | Rejection | None:
+        try:
+            return decode_images(document, self.planner.processor)
+        except BaseException as error:
+            return self.source.reject(self._plans.order[position][1], error)
 
     def _batch(self, pack: Pack, pixels: Iterable[PackedImages | Rejection | None], token_base: int, damaged: list[Rejection]) -> Batch:
         """The documents of a pack whose images are whole; the others are added to `damaged`."""
@@ -256,26 +262,28 @@ def probe_patches(source: Source, planner: Planner, probed: int = PROBED) -> int
     return balanced_patches(documents, planner.tokens)
 
 
-def _pixels(document: Document, processor: Processor) -> PackedImages | Rejection | None:
+def decode_images(document: Document, processor: Processor) -> PackedImages | None:
+    """The pixels of a document's images, if it has any.
+
+    Raises:
+        ValueError: an image that cannot be decoded, or has another size than planned.
+    """
     if not document.images:
         return None
-    try:
-        packed = pack_images(
-            document.images,
-            split=document.split,
-            shortest_edge=processor.shortest_edge,
-            longest_edge=processor.longest_edge,
-            positions_per_side=processor.positions_per_side,
-            position_ids=processor.position_ids,
-            max_pixels=processor.max_pixels,
-            limits=processor.limits,
-            upscale=document.upscale,
-            threads=1,
-        )
-        if tuple(packed.images.lengths) != document.crops:
-            raise ValueError("an image has another size than when it was planned")
-    except ValueError as error:
-        return Rejection(document.key, f"{document.key}: {error}")
+    packed = pack_images(
+        document.images,
+        split=document.split,
+        shortest_edge=processor.shortest_edge,
+        longest_edge=processor.longest_edge,
+        positions_per_side=processor.positions_per_side,
+        position_ids=processor.position_ids,
+        max_pixels=processor.max_pixels,
+        limits=processor.limits,
+        upscale=document.upscale,
+        threads=1,
+    )
+    if tuple(packed.images.lengths) != document.crops:
+        raise ValueError("an image has another size than when it was planned")
     return packed
 
 

@@ -12,13 +12,14 @@ import numpy as np
 
 from idefics2_fast.batch import IGNORED
 from idefics2_fast.images import image_size, plan_crops
-from idefics2_fast.processor import Processor
+from idefics2_fast.processor import CROPS, Processor
 from idefics2_fast.training.order import uniform
 from idefics2_fast.training.samples import ImageReference, Sample, Turn
 
 MIN_UPSCALE = 1.5
 # Conversations whose tokens are kept: those of small data return every epoch, captions and classes more often.
 REMEMBERED = 4096
+REMEMBERED_LENGTH = 4096  # characters and image tokens; longer conversations are made anew
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,17 @@ class Planner:
         Raises:
             ValueError: text with one of the tokenizer's special tokens, an image that cannot be opened, more tokens or patches than fit.
         """
+        self._check_length(sample)
         draw = functools.partial(uniform, self.seed, epoch, sample.key)
         split = draw("split") < self.split_share
         turns = _shuffled(sample.turns, draw) if sample.pairs else sample.turns
-        token_ids, labels = self._remembered(tuple(turns), split)
-        upscale = tuple(self._upscale(draw, index) for index in range(len(sample.images)))
-        crops = tuple(chain.from_iterable(map(functools.partial(self._crops, split), range(len(upscale)), sample.images, upscale)))
-        document = Document(sample.key, token_ids, labels, sample.images, split, upscale, crops)
-        limits = [limit for limit in (self.tokens, self.processor.max_positions) if limit is not None]
-        if document.n_tokens > min(limits):
-            raise ValueError(f"the sample has {document.n_tokens} tokens, expected at most {min(limits)}: samples are never cut")
-        if document.n_patches > self.patches:
-            raise ValueError(f"the sample has {document.n_patches} patches, expected at most {self.patches}: samples are never cut")
-        return document
+        length = self._length(sample)
+        tokenize = self._remembered if length <= REMEMBERED_LENGTH else self._tokens_and_labels
+        token_ids, labels = tokenize(tuple(turns), split)
+        self._check_tokens(len(token_ids), len(sample.images), split)
+        factors = tuple(self._upscale(draw, index) for index in range(len(sample.images)))
+        crops = self._crops(sample.images, split, factors)
+        return Document(sample.key, token_ids, labels, sample.images, split, factors, crops)
 
     def room(self, images: int) -> int:
         """Bytes of text that surely fit beside so many images, split ones: a token stands for one byte at least."""
@@ -115,15 +114,60 @@ class Planner:
             return 1.0
         return MIN_UPSCALE + (self.upscale_max - MIN_UPSCALE) * math.sqrt(draw("factor", index))
 
-    def _crops(self, split: bool, index: int, image: ImageReference, upscale: float) -> list[int]:
-        """Patches of each crop of an image."""
+    def _crops(self, images: Sequence[ImageReference], split: bool, factors: Sequence[float]) -> tuple[int, ...]:
+        """Patches of each crop of the images. Those that other epochs may draw must fit, too."""
         rules = {"shortest_edge": self.processor.shortest_edge, "longest_edge": self.processor.longest_edge}
-        try:
-            height, width = image_size(image, self.processor.max_pixels, self.processor.limits)
-            crops = plan_crops(height, width, split=split, upscale=upscale, **rules)
-        except ValueError as error:
-            raise ValueError(f"image {index}: {error}") from error
-        return [math.prod(crop.grid) for crop in crops]
+        splits = self.split_share > 0
+        largest = self.upscale_max if self.upscale_share > 0 else 1.0
+        crops, most = [], 0
+        for index, (image, factor) in enumerate(zip(images, factors, strict=True)):
+            try:
+                height, width = image_size(image, self.processor.max_pixels, self.processor.limits)
+                planned = plan_crops(height, width, split=split, upscale=factor, **rules)
+                other = plan_crops(height, width, split=splits, upscale=largest, **rules)
+            except ValueError as error:
+                raise ValueError(f"image {index}: {error}") from error
+            crops += [math.prod(crop.grid) for crop in planned]
+            most += sum(math.prod(crop.grid) for crop in other)
+        if max(most, sum(crops)) > self.patches:
+            raise ValueError(f"the sample has {max(most, sum(crops))} patches, expected at most {self.patches}: samples are never cut")
+        return tuple(crops)
+
+    @property
+    def _most_tokens(self) -> int:
+        limits = (self.tokens, self.processor.max_positions)
+        return min(limit for limit in limits if limit is not None)
+
+    def _length(self, sample: Sample) -> int:
+        """Characters and image tokens of a sample."""
+        images = len(sample.images) * CROPS * self.processor.image_seq_len
+        return images + sum(len(piece) for turn in sample.turns for piece in turn.pieces if piece)
+
+    def _check_length(self, sample: Sample) -> None:
+        """Refuses what has too many tokens by any count, before the cost of counting them.
+
+        A turn has one at least, an image its placeholders, and text one for each `_longest_token`
+        characters.
+        """
+        most = self._most_tokens
+        characters = sum(len(piece) for turn in sample.turns for piece in turn.pieces if piece)
+        images = len(sample.images) * self.processor.image_seq_len
+        least = max(len(sample.turns), images, -(-characters // self._longest_token))
+        if least > most:
+            counts = f"{len(sample.turns)} turns, {len(sample.images)} images and {characters} characters"
+            raise ValueError(f"the sample has {counts}, more than {least - 1} tokens; expected at most {most}: samples are never cut")
+
+    def _check_tokens(self, tokens: int, images: int, split: bool) -> None:
+        """Refuses a sample that does not fit, or would not in an epoch in which its images are split."""
+        if self.split_share > 0 and not split:
+            tokens += images * (CROPS - 1) * (self.processor.image_seq_len + 1)
+        if tokens > self._most_tokens:
+            where = " with its images split" if images and self.split_share > 0 else ""
+            raise ValueError(f"the sample has {tokens} tokens{where}, expected at most {self._most_tokens}: samples are never cut")
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.processor.tokenizer.get_vocab()))
 
     @functools.cached_property
     def _remembered(self) -> Callable[[tuple[Turn, ...], bool], tuple[np.ndarray, np.ndarray]]:
@@ -143,7 +187,7 @@ class Planner:
         trained &= ~np.isin(token_ids, tokenizer.convert_tokens_to_ids([self.processor.image_token, self.processor.fake_token]))
         labels = np.where(trained, token_ids, IGNORED)
         eos = tokenizer.eos_token_id
-        return np.append(token_ids, eos), np.append(labels, eos if turns[-1].role == "assistant" else IGNORED)
+        return np.append(token_ids, eos), np.append(labels, eos if turns[-1].role == "assistant" and turns[-1].trained else IGNORED)
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """The conversation's text by the chat template, without the last line's end, in pieces that are trained or are not."""
@@ -161,7 +205,7 @@ class Planner:
             if not text.startswith(opening):
                 raise ValueError(f"the chat template opens an answer with {text[: len(opening)]!r}, but asks for one with {opening!r}")
             answer = text[len(opening) :].removesuffix("\n")
-            pieces += [(opening, False), (answer, True), (text[len(opening) + len(answer) :], False)]
+            pieces += [(opening, False), (answer, turn.trained), (text[len(opening) + len(answer) :], False)]
         last, trained = pieces.pop()
         return [*pieces, (last.removesuffix("\n"), trained)]
 
@@ -186,11 +230,12 @@ class Planner:
 
 
 def _shuffled(turns: tuple[Turn, ...], draw: functools.partial[float]) -> list[Turn]:
-    """Questions and answers in another order, the images again before the first."""
-    n_images = sum(piece is None for piece in turns[0].pieces)
-    first = Turn(turns[0].role, turns[0].pieces[n_images:])
-    turns = (first, *turns[1:])
+    """Questions and answers in another order behind the system's turns, the images again before the first."""
+    system = [turn for turn in turns if turn.role == "system"]
+    first, *others = turns[len(system) :]
+    n_images = sum(piece is None for piece in first.pieces)
+    turns = (replace(first, pieces=first.pieces[n_images:]), *others)
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
     order = sorted(range(len(pairs)), key=lambda index: draw("order", index))
-    question, *others = chain.from_iterable(pairs[index] for index in order)
-    return [Turn(question.role, (None,) * n_images + question.pieces), *others]
+    question, *rest = chain.from_iterable(pairs[index] for index in order)
+    return [*system, replace(question, pieces=(None,) * n_images + question.pieces), *rest]
