@@ -40,20 +40,23 @@ HARMLESS = frozenset(
 KNOWN = HARMLESS.union(CONTENT, OF_MESSAGES, OF_PIECES, IMAGES, SYSTEM, SWITCHES)
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: Any, depth: int = 4) -> bool:
     """Whether a part of a row says nothing: None, NaN, False, 0, no text, no element.
 
     So are objects of which all values are empty, as Arrow writes a missing object, and the text of
     an empty JSON value.
+
+    Args:
+        depth: objects in objects that are looked into.
     """
     if value is None:
         return True
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
+        return len(value) < 99 and value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, float) and math.isnan(value):
         return True
     if isinstance(value, Mapping):
-        return all(is_empty(part) for part in value.values())
+        return not value or (depth > 0 and all(is_empty(v, depth - 1) for v in value.values()))
     if hasattr(value, "__len__"):
         return len(value) == 0
     return isinstance(value, int | float) and value == 0

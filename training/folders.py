@@ -70,25 +70,23 @@ class Listing:
         folders, links = [self.folder], []
         while folders or links:
             if not folders:
-                links.sort()
-                link = links.pop(0)
-                if _identity(link) in visited:
-                    self.unread.append((link, "a link to a folder that is read already"))
-                    continue
-                visited.add(_identity(link))
-                folders.append(link)
-            files = []
-            for path in _entries(folders.pop()):
-                if not path.is_dir():
-                    files.append(path)
-                elif path.name.startswith("."):
+                yield from sorted(path for path in links if not path.is_dir())
+                links = sorted(path for path in links if path.is_dir())
+                folders += [links.pop(0)] if links else []
+                if folders and _identity(folders[0]) in visited:
+                    self.unread.append((folders.pop(), "a link to a folder that is read already"))
+                continue
+            folder = folders.pop()
+            visited.add(_identity(folder))
+            for path in sorted(_entries(folder)):
+                if path.name.startswith(".") and path.is_dir():
                     self.unread.append((path, "hidden"))
                 elif path.is_symlink():
                     links.append(path)
-                else:
-                    visited.add(_identity(path))
+                elif path.is_dir():
                     folders.append(path)
-            yield from sorted(files, key=lambda path: (path.is_symlink(), path))
+                else:
+                    yield path
 
     def _read_before(self, path: Path, seen: dict[tuple[int, int], Path]) -> str | None:
         if path.name.lower().endswith(PACKED) and path.with_name(path.name[: -len(PACKED)]).is_file():

@@ -15,6 +15,7 @@ from idefics2_fast.images import image_size, plan_crops
 from idefics2_fast.processor import CROPS, Processor
 from idefics2_fast.training.order import uniform
 from idefics2_fast.training.samples import ImageReference, Sample, Turn
+from idefics2_fast.training.sources import describe
 
 MIN_UPSCALE = 1.5
 # Conversations whose tokens are kept: those of small data return every epoch, captions and classes more often.
@@ -126,7 +127,7 @@ class Planner:
                 planned = plan_crops(height, width, split=split, upscale=factor, **rules)
                 other = plan_crops(height, width, split=splits, upscale=largest, **rules)
             except ValueError as error:
-                raise ValueError(f"image {index}: {error}") from error
+                raise ValueError(f"image {index}: {describe(error)}") from error
             crops += [math.prod(crop.grid) for crop in planned]
             most += sum(math.prod(crop.grid) for crop in other)
         if max(most, sum(crops)) > self.patches:

@@ -89,7 +89,7 @@ class Source(ABC):
         """
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise error
-        return Rejection(self.key(row), f"{self.place(row)}: {describe(error)}", self.size(row))
+        return Rejection(self.key(row), _printable(f"{self.place(row)}: {describe(error)}"), self.size(row))
 
 
 def describe(error: BaseException) -> str:
@@ -97,6 +97,11 @@ def describe(error: BaseException) -> str:
     text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     if len(text) > REASON:
         text = f"{text[: REASON // 2]} ... {text[-REASON // 2 :]}"
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """Text on one line, in characters that any stream takes."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -236,6 +241,8 @@ class JsonRows(Source):
             return json.loads(text.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=_no_key_twice)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"not valid JSON: {error}") from None
+        except RecursionError:
+            raise ValueError("the row is nested too deeply to be read") from None
 
     def read(self, row: int) -> Sample:
         return read_row(self._parse(row), self.key(row), self.path.parent, self._shared.note)
@@ -267,14 +274,17 @@ class JsonLines(JsonRows):
         return f"{self.path}, line {self._lines[row]}"
 
     def has_rows(self) -> bool:
-        """Whether one of the first lines is a row in a known format."""
-        for row in range(min(len(self), SNIFFED)):
-            try:
-                find_format(self._parse(row))
-            except (ValueError, TypeError, RecursionError):
-                continue
-            return True
-        return False
+        """Whether half of the first lines, or more, are rows in a known format."""
+        lines = min(len(self), SNIFFED)
+        rows = sum(map(self._is_row, range(lines)))
+        return rows > 0 and 2 * rows >= lines
+
+    def _is_row(self, row: int) -> bool:
+        try:
+            find_format(self._parse(row))
+        except (ValueError, TypeError, RecursionError):
+            return False
+        return True
 
     def _text(self, row: int, most: int) -> bytes:
         start = self._starts[row]
