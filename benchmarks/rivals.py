@@ -51,6 +51,7 @@ class Rival:
             self.absent = ""
         except RuntimeError as error:
             self.absent = f"{name} does not run: {error}"
+            self._folder.cleanup()
 
     def prepare(self, images: Sequence[np.ndarray], **settings: Any) -> Rival.Job:
         """A job on these images, uint8 [H, W, 3]."""

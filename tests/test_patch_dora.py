@@ -145,12 +145,12 @@ def test_the_base_weight_may_be_trained():
 def test_several_active_adapters(dropout):
     model = wrapped(lora_dropout=dropout)
     config = model.peft_config["default"]
-    for name, changes in {"more": {"r": 4}, "lora": {"use_dora": False}}.items():
+    for name, changes in {"more": {"r": 4}, "plain": {"use_dora": False}}.items():
         other = copy.deepcopy(config)
         for key, value in changes.items():
             setattr(other, key, value)
         model.add_adapter(name, other)
-    model.base_model.set_adapter(["default", "lora", "more"])
+    model.base_model.set_adapter(["default", "plain", "more"])
     assert_same(results(patched(model)), results(model))
 
 
@@ -273,8 +273,8 @@ def test_adapters_mixed_in_a_batch_are_refused_as_by_peft():
     model = wrapped()
     lora = copy.deepcopy(model.peft_config["default"])
     lora.use_dora = False
-    model.add_adapter("lora", lora)
-    names = ["lora", "__base__", "lora"]
+    model.add_adapter("plain", lora)
+    names = ["plain", "__base__", "plain"]
     torch.testing.assert_close(patched(model).eval()(inputs(), adapter_names=names), model.eval()(inputs(), adapter_names=names))
 
 

@@ -53,7 +53,8 @@ def softmax(x, *, scale=1.0, **options):
 
 def plus_one(x, *, masked=True, shift=0, writes=True):
     y = torch.empty_like(x)
-    add_one[(triton.cdiv(x.numel(), 32),)](x, y, x.numel(), BLOCK=32, MASKED=masked, SHIFT=shift, WRITES=writes)
+    options = {"MASKED": masked, "SHIFT": shift, "WRITES": writes, "enable_fp_fusion": True}
+    add_one[(triton.cdiv(x.numel(), 32),)](x, y, x.numel(), BLOCK=32, **options)
     return y
 
 
