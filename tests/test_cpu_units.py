@@ -118,6 +118,14 @@ def test_the_choice_compiles(dtype):
     torch.testing.assert_close(actual, layer(x))
 
 
+def test_the_choice_on_a_card_compiles():
+    """What is installed is a constant to the compiler."""
+    choose = ops._preferred.__wrapped__
+    named = lambda x: x + len(choose("decode_attention", "cuda", torch.bfloat16, x.shape[-1]))  # noqa: E731
+    expected = named(torch.zeros(2, WIDTH))
+    assert torch.equal(torch.compile(named, backend="eager", fullgraph=True)(torch.zeros(2, WIDTH)), expected)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("product", ["mm", "addmm", "bmm", "linear"])
 def test_torch_rounds_products_of_half_precision_once(product, dtype):
