@@ -16,19 +16,20 @@ Hugging Face projections; their A are one product, their B one block-diagonal ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from idefics2_fast import ops
-from idefics2_fast.layers import Choice, Linear, first_row
+from idefics2_fast.layers import BASE, Brought, Embedding, Linear, Route, first_row
 from idefics2_fast.model import Idefics2
 from idefics2_fast.row_norm import RowNorm, block_diagonal
 
@@ -67,7 +68,43 @@ class Dropout:
         return x * ((drawn >= 2 * self.p - 1) / (1 - self.p)).to(x.dtype)
 
 
-class AdaptedLinear(nn.Module):
+class Adapted(nn.Module):
+    """A frozen layer with an adapter of its own.
+
+    Attributes:
+        base: the layer. a, b: fp32 factors of rank `rank`; `scaling`: s.
+        magnitude: [out], None for LoRA.
+        shift: what PEFT's `lora_bias` adds to B's product, [out]; None for none.
+    """
+
+    base: nn.Module
+    a: nn.Parameter
+    b: nn.Parameter
+    magnitude: nn.Parameter | None
+    shift: nn.Parameter | None
+    rank: int
+    scaling: float
+
+    def matrix(self, route: Route = BASE) -> Tensor:
+        """The weight with the adapter in it, differentiable: for what takes the matrix itself. Knows no dropout."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """`matrix` of a call that keeps no norms."""
+        return self.matrix()
+
+    def row_norm(self, route: Route = BASE) -> Tensor:
+        """DoRA's norms [out]: the call's, where it keeps them."""
+        if torch.compiler.is_compiling() or route.norms is None or self not in route.norms:
+            return self._norm()
+        return route.norms[self]
+
+    def _norm(self) -> Tensor:
+        raise NotImplementedError
+
+
+class AdaptedLinear(Adapted):
     """A frozen Linear with LoRA or DoRA: input [T, in], output [T, out].
 
     The layer may fuse several Hugging Face projections of `rows` rows each. Each has an A of its own, stacked in `a`; B and the magnitude
@@ -76,6 +113,7 @@ class AdaptedLinear(nn.Module):
 
     Attributes:
         a: [projections * rank, in]; b: [out, rank]; magnitude: [out], None for LoRA.
+        ranks: of the projections, where some are smaller and filled up with zeros; 0 for one whose adapter is neutral.
         norm: ||W + s B A|| of the rows [out] where `refresh_norms` keeps it; None means that it is looked after by itself.
     """
 
@@ -86,39 +124,44 @@ class AdaptedLinear(nn.Module):
         out, width, device = *base.weight.shape, base.weight.device
         assert sum(rows) == out
         self.base, self.rows, self.rank, self.scaling = base, tuple(rows), rank, scaling
+        self.ranks = (rank,) * len(self.rows)
         self.dropout, (self.part, self.layer) = dropout, place
         self.a = nn.Parameter(torch.empty(len(rows) * rank, width, device=device).uniform_(-(width**-0.5), width**-0.5))
         self.b = nn.Parameter(torch.zeros(out, rank, device=device))
         self.magnitude = nn.Parameter(ops.dora_square(base.weight).sqrt_().float()) if dora else None
+        self.register_parameter("shift", None)
         self.norm: Tensor | None = None
         self._row_norm = RowNorm()
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        if self.shift is None:
+            return self.base.bias
+        shift = (self.scaling * self.shift).to(self.base.weight.dtype)
+        return shift if self.base.bias is None else self.base.bias + shift
 
-    @property
-    def weight(self) -> Tensor:
-        """g * (W + s B A) [out, in], differentiable: for what takes the matrix itself. Knows no dropout."""
+    def matrix(self, route: Route = BASE) -> Tensor:
+        """g * (W + s B A) [out, in]."""
         weight = self.base.weight
         whole = torch.addmm(weight, self._b().to(weight.dtype), self.a.to(weight.dtype), alpha=self.scaling)
-        return whole if self.magnitude is None else whole * (self.magnitude / self._norm())[:, None].to(whole.dtype)
+        return whole if self.magnitude is None else whole * (self.magnitude / self.row_norm(route))[:, None].to(whole.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.base.weight, self.base.bias
+    def forward(self, x: Tensor, route: Route = BASE) -> Tensor:
+        weight = self.base.weight
         if self._base_sees_dropout or not ops.dora_folds(x, weight):
-            return self.add(x, ops.linear(x, weight, bias))
-        norm, h = None if self.magnitude is None else self._norm(), ops.linear(self._dropped(x), self.a.to(x.dtype))
-        return ops.dora_folded(x, h, weight, self.b, self.magnitude, norm, bias, scaling=self.scaling, rows=self.rows)
+            return self.add(x, ops.linear(x, weight, self.base.bias), route)
+        norm, h = None if self.magnitude is None else self.row_norm(route), ops.linear(self._dropped(x), self.a.to(x.dtype))
+        return ops.dora_folded(x, h, weight, self.b, self.magnitude, norm, self.bias, scaling=self.scaling, rows=self.rows)
 
-    def add(self, x: Tensor, y: Tensor, first: int = 0) -> Tensor:
+    def add(self, x: Tensor, y: Tensor, route: Route = BASE, first: int = 0) -> Tensor:
         """The output for rows x of which the base makes y: all of the pass' rows, or some of them, from row `first`."""
-        dropped, norm = self._dropped(x, first), None if self.magnitude is None else self._norm()
+        dropped, norm = self._dropped(x, first), None if self.magnitude is None else self.row_norm(route)
         h, b, bias = ops.linear(dropped, self.a.to(x.dtype)), self._b().to(x.dtype), self.base.bias
         if self._base_sees_dropout:
             seen = ops.linear(dropped, self.base.weight)
             return y - seen + ops.dora_combine(seen, h, b, self.magnitude, norm, scaling=self.scaling)
-        return ops.dora_combine(y, h, b, self.magnitude, norm, bias, scaling=self.scaling)
+        out = ops.dora_combine(y, h, b, self.magnitude, norm, bias, scaling=self.scaling)
+        return out if self.shift is None else out + (self.scaling * self.shift).to(out.dtype)
 
     @property
     def _drops(self) -> bool:
@@ -131,15 +174,6 @@ class AdaptedLinear(nn.Module):
     def _dropped(self, x: Tensor, first: int = 0) -> Tensor:
         return self.dropout(x, self.part, self.layer, first) if self._drops else x
 
-    @contextmanager
-    def steady(self) -> Iterator[None]:
-        """While weights stay as they are: the norm is computed once, and not in every pass."""
-        kept, self.norm = self.norm, None if self.magnitude is None else self._norm()
-        try:
-            yield
-        finally:
-            self.norm = kept
-
     def _b(self) -> Tensor:
         """B as it stands against the stacked A: block-diagonal [out, projections * rank]."""
         return block_diagonal(self.b, self.rows)
@@ -150,24 +184,71 @@ class AdaptedLinear(nn.Module):
         return self._row_norm(self.base.weight, self.a, self.b, self.scaling, self.training, self.rows)
 
 
+class AdaptedEmbedding(Adapted):
+    """A frozen Embedding with LoRA or DoRA: ids [T] to rows [T, C]. Rows of image features, and noise, are the base's.
+
+    The table is g * (W + s (B A)^T), g a factor of each column, as PEFT has it.
+
+    Attributes:
+        a: [rank, V]; b: [C, rank]; magnitude: [C], None for LoRA.
+    """
+
+    def __init__(self, base: Embedding, rank: int, scaling: float, dora: bool) -> None:
+        super().__init__()
+        (vocab, width), device = base.weight.shape, base.weight.device
+        self.base, self.rank, self.scaling = base, rank, scaling
+        self.a = nn.Parameter(torch.zeros(rank, vocab, device=device))
+        self.b = nn.Parameter(torch.zeros(width, rank, device=device))
+        self.magnitude = nn.Parameter(torch.zeros(width, device=device)) if dora else None
+        self.register_parameter("shift", None)
+
+    def matrix(self, route: Route = BASE) -> Tensor:
+        weight = self.base.weight
+        whole = torch.addmm(weight, self.a.T.to(weight.dtype), self.b.T.to(weight.dtype), alpha=self.scaling)
+        return whole if self.magnitude is None else whole * (self.magnitude / self.row_norm(route)).to(whole.dtype)
+
+    def forward(
+        self,
+        ids: Tensor,
+        features: Tensor | None = None,
+        feature_rows: Tensor | None = None,
+        noise: ops.Noise | None = None,
+        route: Route = BASE,
+    ) -> Tensor:
+        out, added = self.base(ids, features, feature_rows, noise), self.added(ids, route)
+        return out + (added if features is None else added.index_fill(0, feature_rows, 0)).to(out.dtype)
+
+    def added(self, ids: Tensor, route: Route = BASE) -> Tensor:
+        """What the adapter adds to the base's rows of ids [T]: fp32 [T, C]."""
+        low = self.scaling * (F.embedding(ids, self.a.T) @ self.b.T)
+        if self.magnitude is None:
+            return low
+        gain = self.magnitude / self.row_norm(route)
+        return (gain - 1) * F.embedding(ids, self.base.weight) + gain * low
+
+    def _norm(self) -> Tensor:
+        with torch.no_grad():
+            return ops.dora_norm(self.base.weight.T.contiguous(), self.a, self.b, self.scaling)
+
+
 class SwitchableLinear(nn.Module):
     """A frozen Linear with several named adapters, of which each row takes one or none: input [T, in], output [T, out].
 
-    The base's product is one for all rows. `choice` is the model's.
+    The base's product is one for all rows.
     """
 
-    def __init__(self, base: Linear, choice: Choice) -> None:
+    def __init__(self, base: Linear) -> None:
         super().__init__()
-        self.base, self.choice, self.adapters = base, choice, nn.ModuleDict()
+        self.base, self.adapters = base, nn.ModuleDict()
 
-    def forward(self, x: Tensor) -> Tensor:
-        runs = self.choice.runs(x.shape[0])
-        if len(runs) == 1:
-            return self.under(runs[0][0])(x)
+    def forward(self, x: Tensor, route: Route = BASE) -> Tensor:
+        if route.only:
+            return self.under(route.runs[0][0])(x, route)
+        runs = route.within(x.shape[0])
         counts, out, first = [count for _, count in runs], [], 0
         bases = ops.linear(x, self.base.weight, self.base.bias).split(counts)
         for (name, count), rows, y in zip(runs, x.split(counts), bases, strict=True):
-            out.append(self.adapters[name].add(rows, y, first) if name in self.adapters else y)
+            out.append(self.adapters[name].add(rows, y, route, first) if name in self.adapters else y)
             first += count
         return torch.cat(out)
 
@@ -175,15 +256,38 @@ class SwitchableLinear(nn.Module):
         """What stands for this layer where all rows take one adapter; the base for one that has nothing here."""
         return self.adapters[name] if name in self.adapters else self.base
 
-    @property
-    def weight(self) -> Tensor:
-        """Of the adapter that all rows take."""
-        assert self.choice.only
-        return self.under(self.choice.runs(0)[0][0]).weight
+    def matrix(self, route: Route = BASE) -> Tensor:
+        """The matrix of the adapter that all rows take."""
+        assert route.only
+        return self.under(route.runs[0][0]).matrix(route)
 
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
+
+class SwitchableEmbedding(nn.Module):
+    """A frozen Embedding with several named adapters, of which each row takes one or none; see `AdaptedEmbedding`."""
+
+    def __init__(self, base: Embedding) -> None:
+        super().__init__()
+        self.base, self.adapters = base, nn.ModuleDict()
+
+    def forward(
+        self,
+        ids: Tensor,
+        features: Tensor | None = None,
+        feature_rows: Tensor | None = None,
+        noise: ops.Noise | None = None,
+        route: Route = BASE,
+    ) -> Tensor:
+        out, runs = self.base(ids, features, feature_rows, noise), route.within(ids.shape[0])
+        added = [
+            self.adapters[name].added(own, route) if name in self.adapters else out.new_zeros(own.shape[0], out.shape[1])
+            for (name, _), own in zip(runs, ids.split([count for _, count in runs]), strict=True)
+        ]
+        whole = torch.cat([part.float() for part in added])
+        return out + (whole if features is None else whole.index_fill(0, feature_rows, 0)).to(out.dtype)
+
+
+# The layers that adapters stand on, for one adapter and for several with names.
+SWITCHABLE = {Linear: SwitchableLinear, Embedding: SwitchableEmbedding}
 
 
 def attach_adapters(
@@ -213,50 +317,78 @@ def attach_adapters(
     """
     if dropout_rule not in RULES:
         raise ValueError(f"dropout_rule is {dropout_rule!r}, expected one of {', '.join(RULES)}")
-    if rank < 1:
+    if type(rank) is not int or rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}, expected a finite number")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, expected 0 or more and less than 1")
+    if not targets or isinstance(targets, str):
+        raise ValueError(f"targets is {targets!r}, expected parts among {', '.join(PARTS)}")
     for part in targets:
         if part not in PARTS:
             raise ValueError(f"targets has {part!r}, expected parts among {', '.join(PARTS)}")
     if dropout and {"connector", "head"} & set(targets):
         raise ValueError(f"dropout is {dropout}, expected 0 with adapters on connector or head: their matrices are used themselves")
     check_name(model, name)
-    layers = [layer for layer in linears(model) if part_of(layer) in targets]
-    with torch.random.fork_rng(devices=[]):
+    layers, fresh = {place: layer for place, layer in linears(model).items() if part_of(place) in targets}, {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        attach(model, name, layers, rank, alpha / rank, dora, Dropout(dropout, seed, dropout_rule))
+        of_all = Dropout(dropout, seed, dropout_rule)
+        for number, (place, base) in enumerate(layers.items()):
+            rows = projections(model, place, base).values()
+            fresh[place] = AdaptedLinear(base, [*rows], rank, alpha / rank, dora, of_all, (part_of(place), number))
+    install(model, name, fresh)
 
 
-def attach(model: Idefics2, name: str | None, layers: Iterable[str], rank: int, scaling: float, dora: bool, dropout: Dropout) -> None:
-    """Freezes the model and gives these layers an adapter, fresh. The caller has checked the name."""
+def projections(model: Idefics2, place: str, base: Linear) -> dict[str, int]:
+    """The Hugging Face modules that a layer fuses, and how many rows each has."""
+    return {hf.removesuffix(".weight"): view.shape[0] for hf, view in model.hf_views(f"{place}.weight", base.weight)}
+
+
+def install(model: Idefics2, name: str | None, layers: Mapping[str, Adapted], brought: Brought | None = None) -> None:
+    """Freezes the model and puts an adapter's layers into their places. The caller has checked the name."""
     model.requires_grad_(False)
-    for number, layer in enumerate(layers):
-        module = model.get_submodule(layer)
-        base = module.base if isinstance(module, SwitchableLinear) else module
-        rows = [view.shape[0] for _, view in model.hf_views(f"{layer}.weight", base.weight)]
-        adapter = AdaptedLinear(base, rows, rank, scaling, dora, dropout, (part_of(layer), number)).train(base.training)
+    for place, adapter in layers.items():
+        adapter.train(adapter.base.training).requires_grad_(True)
+        adapter.base.requires_grad_(False)
         if name is None:
-            model.set_submodule(layer, adapter)
+            model.set_submodule(place, adapter)
+            continue
+        module = model.get_submodule(place)
+        if isinstance(module, Linear | Embedding):
+            module = SWITCHABLE[type(module)](adapter.base).train(adapter.base.training)
+            module.adapters[name] = adapter
+            model.set_submodule(place, module)
         else:
-            several = module if isinstance(module, SwitchableLinear) else SwitchableLinear(base, model.choice).train(base.training)
-            several.adapters[name] = adapter
-            model.set_submodule(layer, several)
+            module.adapters[name] = adapter
+    model.choice.brought[name] = brought or Brought()
     if name is not None:
         model.choice.names.append(name)
         use_adapter(model, name)
 
 
+# Names that `nn.ModuleDict`, in PEFT as here, has methods of.
+TAKEN = frozenset(dir(nn.ModuleDict())) | {"training"}
+
+
 def check_name(model: Idefics2, name: str | None) -> None:
-    """Whether an adapter of this name can join those that the model carries."""
+    """Whether an adapter of this name can join those that the model carries.
+
+    Raises:
+        ValueError: it cannot.
+    """
     names = model.choice.names
     if model.kept is not None:
         raise ValueError("the model is merged with adapters that were kept: unmerge_adapters first")
+    if name is not None and (not isinstance(name, str) or not name or "." in name):
+        raise ValueError(f"an adapter's name is {name!r}, expected text without dots")
+    if name in TAKEN:
+        raise ValueError(f"an adapter's name is {name!r}, which is a method of the module that holds adapters: expected another")
     if adapted(model) and (name is None or not names):
         raise ValueError(f"the model carries adapters already, {', '.join(names) or 'without a name'}: merge_adapters first, or name each")
     if name in names:
         raise ValueError(f"the model carries adapters already, {', '.join(names)}: expected another name than {name!r}")
-    if name is not None and (not name or "." in name):
-        raise ValueError(f"an adapter's name is {name!r}, expected text without dots")
 
 
 def use_adapter(model: Idefics2, name: str | None) -> None:
@@ -268,16 +400,15 @@ def use_adapter(model: Idefics2, name: str | None) -> None:
     names = model.choice.names
     if not names or name not in (*names, None):
         raise ValueError(f"name is {name!r}, expected one of the model's adapters: {', '.join(names) or 'it carries none with a name'}")
-    model.choice.set()
     model.choice.usual = name
 
 
-def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted(model: nn.Module) -> dict[str, Adapted]:
     """The model's layers with adapters, by their place: that of the layer, followed by `.adapters.` and the name where they have names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def layers_of(model: Idefics2, name: str | None) -> dict[str, AdaptedLinear]:
+def layers_of(model: Idefics2, name: str | None) -> dict[str, Adapted]:
     """The layers of one adapter, by the layers' own names.
 
     Raises:
@@ -308,7 +439,7 @@ def refresh_norms(model: nn.Module) -> None:
     Where the weights are sharded (FSDP2) each rank computes its own rows; only A, and the norms, are gathered. A collective.
     """
     for layer in adapted(model).values():
-        if layer.magnitude is not None:
+        if layer.magnitude is not None and isinstance(layer, AdaptedLinear):
             layer.norm = _norms(layer)
 
 
@@ -335,11 +466,13 @@ def _overlap(rows: Sequence[int], first: int, last: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Kept:
-    """What `unmerge_adapters` needs: by the layers' names the layers with their adapters, and the base's weights on the host."""
+    """What `unmerge_adapters` needs: by the layers' names the layers with their adapters, and the base's weights and
+    biases on the host."""
 
-    layers: dict[str, tuple[AdaptedLinear | SwitchableLinear, Tensor]]
+    layers: dict[str, tuple[nn.Module, dict[str, Tensor]]]
     names: list[str]
     usual: str | None
+    brought: dict[str | None, Brought]
 
 
 @torch.no_grad()
@@ -351,21 +484,26 @@ def merge_adapters(model: Idefics2, name: str | None = None, *, keep: bool = Fal
         keep: adapters, and the base's weights in the host's memory, are kept for `unmerge_adapters`.
 
     Raises:
-        ValueError: a model without adapters, or without this one.
+        ValueError: a model without adapters, or without this one; PEFT's `lora_bias` on a layer without a bias.
     """
     layers, choice, kept = layers_of(model, name), model.choice, {}
+    for place, layer in layers.items():
+        if layer.shift is not None and layer.base.bias is None:
+            raise ValueError(f"{place} has a bias of the adapter's (lora_bias), and none of its own: it cannot be merged")
     for place, module in list(model.named_modules()):
-        if not isinstance(module, AdaptedLinear | SwitchableLinear) or ".adapters." in place:
+        if not isinstance(module, Adapted | SwitchableLinear | SwitchableEmbedding) or ".adapters." in place:
             continue
         base, dtype = module.base, module.base.weight.dtype
         if keep:
-            kept[place] = module, base.weight.detach().to("cpu", copy=True)
+            kept[place] = module, {key: tensor.detach().to("cpu", copy=True) for key, tensor in base.named_parameters()}
         if place in layers:
             base.float().weight.copy_(layers[place].weight)
+            if layers[place].shift is not None:
+                base.bias.copy_(layers[place].bias)
         model.set_submodule(place, base.to(dtype))
-    model.kept = Kept(kept, list(choice.names), choice.usual) if keep else None
-    choice.set()
+    model.kept = Kept(kept, list(choice.names), choice.usual, dict(choice.brought)) if keep else None
     choice.names.clear()
+    choice.brought.clear()
     choice.usual = None
 
 
@@ -379,8 +517,10 @@ def unmerge_adapters(model: Idefics2) -> None:
     kept = model.kept
     if kept is None:
         raise ValueError("there is nothing to unmerge: expected merge_adapters(model, keep=True) before")
-    for place, (module, weight) in kept.layers.items():
-        module.base.weight.copy_(weight)
+    for place, (module, tensors) in kept.layers.items():
+        for key, tensor in tensors.items():
+            module.base.get_parameter(key).copy_(tensor)
         model.set_submodule(place, module.to(module.base.weight.device))
     model.choice.names.extend(kept.names)
+    model.choice.brought.update(kept.brought)
     model.choice.usual, model.kept = kept.usual, None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from idefics2_fast.batch import Batch
 from idefics2_fast.cache import KVCache
+from idefics2_fast.layers import BASE, Norms, Route
 
 if TYPE_CHECKING:
     from idefics2_fast.model import Idefics2
@@ -76,57 +76,54 @@ def generate(
         ValueError: settings out of range, an empty batch, a prompt that leaves no position free, strings without a tokenizer.
     """
     _check(model, batch, max_new_tokens, temperature, top_p)
+    batch = model.routed(batch)
     if batch.tokenizer is None and (stop_strings or any(isinstance(word, str) for word in bad_words)):
         raise ValueError("stop_strings and bad_words given as text need a tokenizer: make the batch with a Processor, or give ids")
     stop_ids, strings = _stops(model, batch, stop_tokens, stop_strings)
     bans = _Bans([_ids(word, batch.tokenizer) for word in bad_words], model.config.text.vocab_size, model.device)
     sequences = _sequences(model, batch, max_new_tokens, seed, strings)
     cache = KVCache(model.config.text, [len(s.prompt) + s.limit for s in sequences], dtype=model.dtype, device=model.device)
-    with _steady(model):
-        logits, active = prefill(model, batch, cache), list(range(len(sequences)))
-        rows = torch.tensor(active, device=model.device)
-        while active:
-            bans.apply(logits, [sequences[i] for i in active])
-            chosen = _choose(logits, [sequences[i].draw for i in active], temperature, top_p)
-            for index, token in zip(active, chosen.tolist(), strict=True):
-                if not sequences[index].finish:
-                    _append(index, sequences[index], token, stop_ids, on_token)
-            running = [i for i in active if not sequences[i].finish]
-            if not running:
-                break
-            if model.device.type == "cpu" and len(running) < len(active):  # a captured graph keeps its shape; a CPU drops the finished
-                chosen = torch.tensor([sequences[i].tokens[-1] for i in running])
-                active, rows = running, torch.tensor(running)
-            model.choice.set([batch.adapters[i] for i in active] if batch.adapters else (), [1] * len(active))
-            logits = decode_step(model, cache, chosen, rows)
+    norms = _norms(model)
+    logits, active = prefill(model, batch, cache, norms), list(range(len(sequences)))
+    rows = torch.tensor(active, device=model.device)
+    while active:
+        bans.apply(logits, [sequences[i] for i in active])
+        chosen = _choose(logits, [sequences[i].draw for i in active], temperature, top_p)
+        for index, token in zip(active, chosen.tolist(), strict=True):
+            if not sequences[index].finish:
+                _append(index, sequences[index], token, stop_ids, on_token)
+        running = [i for i in active if not sequences[i].finish]
+        if not running:
+            break
+        if model.device.type == "cpu" and len(running) < len(active):  # a captured graph keeps its shape; a CPU drops the finished
+            chosen = torch.tensor([sequences[i].tokens[-1] for i in running])
+            active, rows = running, torch.tensor(running)
+        route = Route.of([batch.adapters[i] for i in active] if batch.adapters else (), [1] * len(active), norms)
+        logits = decode_step(model, cache, chosen, rows, route)
     texts = None if batch.tokenizer is None else [s.text.text for s in sequences]
     return Generation([s.tokens for s in sequences], texts, [s.finish for s in sequences])
 
 
-@contextmanager
-def _steady(model: Idefics2) -> Iterator[None]:
-    """Weights stay as they are: what adapters derive from them is derived once, and not for each token."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if hasattr(module, "steady"):
-                stack.enter_context(module.steady())
-        yield
+def _norms(model: Idefics2) -> Norms:
+    """DoRA's norms for one call, during which weights stay as they are: derived once, and not for each token."""
+    return {layer: layer.row_norm() for layer in model.modules() if getattr(layer, "magnitude", None) is not None}
 
 
-def prefill(model: Idefics2, batch: Batch, cache: KVCache) -> Tensor:
+def prefill(model: Idefics2, batch: Batch, cache: KVCache, norms: Norms | None = None) -> Tensor:
     """Logits [D, vocab] after each document, whose keys and values enter the cache."""
+    batch = model.routed(batch)
     rotary = model.text_model.rotary(batch.positions, model.dtype)
-    x = model.embed(batch)
-    model.choice.set(batch.adapters, batch.documents.lengths)
-    hidden = model.text_model(x, rotary, cache.prefill(batch.documents))
-    model.choice.set(batch.adapters, [1] * len(batch.documents))
-    return model.logits(hidden.index_select(0, batch.document_offsets[1:].to(torch.int64) - 1))
+    route = Route.of(batch.adapters, batch.documents.lengths, norms)
+    hidden = model.text_model(model.embed(batch, norms=norms), rotary, cache.prefill(batch.documents), route)
+    ends = batch.document_offsets[1:].to(torch.int64) - 1
+    return model.logits(hidden.index_select(0, ends), Route.of(batch.adapters, [1] * len(batch.documents), norms))
 
 
-def decode_step(model: Idefics2, cache: KVCache, token_ids: Tensor, sequences: Tensor) -> Tensor:
-    """Logits [d, vocab] after one more token (int64 [d]) of each of `sequences` (int64 [d])."""
+def decode_step(model: Idefics2, cache: KVCache, token_ids: Tensor, sequences: Tensor, route: Route = BASE) -> Tensor:
+    """Logits [d, vocab] after one more token (int64 [d]) of each of `sequences` (int64 [d]), whose adapters `route` names."""
     rotary = cache.rotary(sequences)
-    return model.logits(model.text_model(model.text_model.embed_tokens(token_ids), rotary, cache.decode(sequences)))
+    x = model.text_model.embed_tokens(token_ids, route=route)
+    return model.logits(model.text_model(x, rotary, cache.decode(sequences), route), route)
 
 
 def _check(model: Idefics2, batch: Batch, max_new_tokens: int, temperature: float, top_p: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from idefics2_fast.config import TextConfig
-from idefics2_fast.layers import Embedding, GatedMLP, Linear, RMSNorm, add, by_rows
+from idefics2_fast.layers import BASE, Embedding, GatedMLP, Linear, RMSNorm, Route, add, by_rows
 
 # attend(layer index, q [T, N, H], k [T, M, H], v [T, M, H]) -> [T, N, H]: packed documents, or a cache
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -42,11 +42,11 @@ class TextAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, route: Route = BASE) -> Tensor:
+        qkv = self.qkv_proj(x, route).view(x.shape[0], -1, self.head_dim)
         qk, v = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(qk, rotary).split_with_sizes((self.heads, self.kv_heads), dim=1)
-        return self.o_proj(attend(self.index, q, k, v).flatten(1))
+        return self.o_proj(attend(self.index, q, k, v).flatten(1), route)
 
 
 class TextLayer(nn.Module):
@@ -57,9 +57,9 @@ class TextLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = add(x, self.self_attn(self.input_layernorm(x), rotary, attend))
-        return add(x, by_rows(lambda rows: self.mlp(self.post_attention_layernorm(rows)), x))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, route: Route = BASE) -> Tensor:
+        x = add(x, self.self_attn(self.input_layernorm(x), rotary, attend, route))
+        return add(x, by_rows(lambda rows: self.mlp(self.post_attention_layernorm(rows), route), x))
 
 
 class TextModel(nn.Module):
@@ -74,13 +74,14 @@ class TextModel(nn.Module):
         """The rotary table of positions (int64 [T]); see `rotary_table`."""
         return rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, route: Route = BASE) -> Tensor:
         """Hidden states [T, C] before the last norm, from embeddings [T, C], which are overwritten when no gradient is asked.
 
         Args:
             rotary: cos and signed sin [T, 1, H] of the tokens' positions.
             attend: where keys and values come from; see `Attend`.
+            route: the named adapters of the rows.
         """
         for layer in self.layers:
-            x = layer(x, rotary, attend)
+            x = layer(x, rotary, attend, route)
         return x

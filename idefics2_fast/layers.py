@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -19,47 +20,45 @@ ROWS = 512
 first_row: ContextVar[int] = ContextVar("first_row", default=0)
 
 
-class Choice:
-    """Which of a model's named adapters the rows of the next pass take. None stands for the base alone.
+# DoRA's norms by layer: of a call while the weights stay as they are.
+Norms = Mapping[nn.Module, Tensor]
 
-    It holds until it is set anew, so that text layers that are computed again for their gradients find it as it was.
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The named adapters of one call's rows, and what the call has derived from its adapters. None stands for the base alone.
+
+    It is handed from layer to layer, so calls in several threads, and layers that are computed
+    again for their gradients, each find their own.
 
     Attributes:
-        names: of the adapters that the model carries.
-        usual: the adapter of all rows where nobody says otherwise.
+        runs: neighbouring rows with one adapter, and how many they are. One run alone stands for any number of rows.
+        norms: DoRA's norms by layer, for as long as the weights stay as they are; None where each pass computes its own.
     """
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.usual: str | None = None
-        self._runs: list[tuple[str | None, int]] = []  # neighbours with one adapter, and how many rows they are; none for the usual
+    runs: tuple[tuple[str | None, int], ...]
+    norms: Norms | None = None
 
-    def set(self, names: Sequence[str | None] = (), lengths: Sequence[int] = ()) -> None:
-        """The adapters of the next pass' segments, and the segments' lengths; no names for the usual adapter.
-
-        Raises:
-            ValueError: an adapter that the model does not carry.
-        """
-        for name in names:
-            if not self.names or name not in (*self.names, None):
-                raise ValueError(f"a document asks for adapter {name!r}, the model carries {', '.join(self.names) or 'none with a name'}")
-        pairs = groupby(zip(names, lengths, strict=True) if names else (), key=lambda pair: pair[0])
-        self._runs = [(name, sum(rows for _, rows in run)) for name, run in pairs]
+    @classmethod
+    def of(cls, names: Sequence[str | None], lengths: Sequence[int], norms: Norms | None = None) -> Route:
+        """The route of segments of these lengths, each with its adapter; no names for the base."""
+        runs = groupby(zip(names, lengths, strict=True) if names else (), key=lambda pair: pair[0])
+        return cls(tuple((name, sum(rows for _, rows in run)) for name, run in runs) or ((None, 0),), norms)
 
     @property
     def only(self) -> bool:
         """Whether all rows take one adapter."""
-        return len(self._runs) < 2
+        return len(self.runs) == 1
 
-    def runs(self, rows: int) -> list[tuple[str | None, int]]:
+    def within(self, rows: int) -> Sequence[tuple[str | None, int]]:
         """The adapters of the rows that are in view, and how many neighbours take each: `rows` in all."""
         if self.only:
-            return [(self._runs[0][0] if self._runs else self.usual, rows)]
-        total = sum(count for _, count in self._runs)
+            return [(self.runs[0][0], rows)]
+        total = sum(count for _, count in self.runs)
         in_parts = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         assert rows == total or in_parts, f"{rows} rows, but adapters are chosen for {total}"
         start, end, seen = first_row.get(), first_row.get() + rows, []
-        for name, count in self._runs:
+        for name, count in self.runs:
             if (inside := min(end, count) - max(start, 0)) > 0:
                 seen.append((name, inside))
             start, end = start - count, end - count
@@ -67,11 +66,59 @@ class Choice:
         return seen
 
 
+# Of a layer that is called without a route: the base where adapters have names.
+BASE = Route(((None, 0),))
+
+
+@dataclass
+class Brought:
+    """Weights that came, or were trained, with an adapter beside its layers, by Hugging Face's names.
+
+    Attributes:
+        tensors: trained whole.
+        rows: of tables of which some rows are trained, their indices.
+    """
+
+    tensors: frozenset[str] = frozenset()
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+class Choice:
+    """The adapters that a model carries.
+
+    Attributes:
+        names: of those that have one.
+        usual: the adapter of batches that do not say; None for the base alone.
+        brought: what each, or the one without a name, brought beside its layers.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.usual: str | None = None
+        self.brought: dict[str | None, Brought] = {}
+
+    def of(self, adapters: Sequence[str | None], documents: int) -> tuple[str | None, ...]:
+        """The adapter of each document, which is the usual one where none are asked for; () where none has a name.
+
+        Raises:
+            ValueError: an adapter that the model does not carry.
+        """
+        for name in adapters:
+            if not self.names or name not in (*self.names, None):
+                carried = ", ".join(self.names) or "none with a name"
+                raise ValueError(f"a document asks for adapter {name!r}, the model carries {carried}")
+        return tuple(adapters) or (self.usual,) * (documents if self.names else 0)
+
+
 class Linear(nn.Linear):
     """nn.Linear whose product goes through `ops.linear`. Input [T, in], output [T, out]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, route: Route = BASE) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
+
+    def matrix(self, route: Route = BASE) -> Tensor:
+        """The matrix [out, in] of rows that all take one adapter: for what takes the matrix itself."""
+        return self.weight
 
     def reset_parameters(self) -> None:
         """Nothing: the model draws its weights itself, or reads them."""
@@ -81,7 +128,12 @@ class Embedding(nn.Embedding):
     """nn.Embedding without weights of its own making, through `ops.embedding`: features may take some rows' place, noise may be added."""
 
     def forward(
-        self, ids: Tensor, features: Tensor | None = None, feature_rows: Tensor | None = None, noise: ops.Noise | None = None
+        self,
+        ids: Tensor,
+        features: Tensor | None = None,
+        feature_rows: Tensor | None = None,
+        noise: ops.Noise | None = None,
+        route: Route = BASE,
     ) -> Tensor:
         return ops.embedding(ids, self.weight, features, feature_rows, noise, padding_idx=self.padding_idx)
 
@@ -109,11 +161,11 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(hidden, 2 * intermediate, bias=False)
         self.down_proj = Linear(intermediate, output, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+    def forward(self, x: Tensor, route: Route = BASE) -> Tensor:
+        gate, up = self.gate_up_proj(x, route).chunk(2, dim=-1)
         if torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(gate).mul_(up))
+            return self.down_proj(F.silu(gate) * up, route)
+        return self.down_proj(F.silu(gate).mul_(up), route)
 
 
 def add(residual: Tensor, branch: Tensor) -> Tensor:
@@ -136,7 +188,7 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @contextmanager
 def _first_row_at(start: int) -> Iterator[None]:
-    """`first_row` within the block. The compiler knows no such variables; `Choice.runs` refuses parts of the rows there."""
+    """`first_row` within the block. The compiler knows no such variables; `Route.within` refuses parts of the rows there."""
     before = first_row.set(start)
     try:
         yield

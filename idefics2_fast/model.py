@@ -20,7 +20,7 @@ from idefics2_fast.counters import Parts
 from idefics2_fast.generate import Generation, generate
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.language import TextModel
-from idefics2_fast.layers import Choice, Linear
+from idefics2_fast.layers import BASE, Choice, Linear, Norms, Route
 from idefics2_fast.vision import VisionTower
 
 
@@ -69,7 +69,8 @@ class Idefics2(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [T, vocab] of every token of the batch."""
-        return self.logits(self.hidden(batch))
+        batch = self.routed(batch)
+        return self.logits(self.hidden(batch), self._route(batch))
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy, in fp32, over the batch's trained tokens (`labels` that are not -100). Logits of other rows are not made.
@@ -89,14 +90,16 @@ class Idefics2(nn.Module):
             noise: what training adds to the embeddings of a batch; see `ops.Noise.of`.
             z_loss: weight of the squared log of the softmax's denominator.
         """
+        batch = self.routed(batch)
         hidden = self.text_model.norm(self.hidden(batch, noise=noise).index_select(0, batch.answer_rows))
         targets = batch.labels.index_select(0, batch.answer_rows + 1)
-        if self.choice.only or isinstance(self.lm_head, Linear):
-            return ops.linear_cross_entropy(hidden, self.lm_head.weight, targets, z_loss=z_loss)
+        route = self._route(batch)
+        if route.only or isinstance(self.lm_head, Linear):
+            return ops.linear_cross_entropy(hidden, self.lm_head.matrix(route), targets, z_loss=z_loss)
         total, count = 0, 0
         for name in dict.fromkeys(batch.adapters):  # a head for each
             own = targets.where(self._rows_of(name, batch), IGNORED)
-            of_name = ops.linear_cross_entropy(hidden, self.lm_head.under(name).weight, own, z_loss=z_loss)
+            of_name = ops.linear_cross_entropy(hidden, self.lm_head.under(name).matrix(), own, z_loss=z_loss)
             total, count = total + of_name[0], count + of_name[1]
         return total, count
 
@@ -105,9 +108,23 @@ class Idefics2(nn.Module):
         documents = torch.bucketize(batch.answer_rows, batch.document_offsets[1:].to(torch.int64), right=True)
         return torch.tensor([name == adapter for name in batch.adapters], device=batch.device).index_select(0, documents)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def routed(self, batch: Batch) -> Batch:
+        """The batch with the usual adapter written into it where it does not say and adapters have names.
+
+        A call does so once, at its start: what `use_adapter` says meanwhile is for the next one.
+
+        Raises:
+            ValueError: a document asks for an adapter that the model does not carry.
+        """
+        adapters = self.choice.of(batch.adapters, len(batch.documents))
+        return batch if adapters == tuple(batch.adapters) else replace(batch, adapters=adapters)
+
+    def _route(self, batch: Batch, norms: Norms | None = None) -> Route:
+        return Route.of(batch.adapters, batch.documents.lengths, norms)
+
+    def logits(self, hidden: Tensor, route: Route = BASE) -> Tensor:
         """Logits [rows, vocab] of hidden states [rows, C] before the last norm."""
-        return self.lm_head(self.text_model.norm(hidden))
+        return self.lm_head(self.text_model.norm(hidden), route)
 
     def hidden(self, batch: Batch, *, noise: ops.Noise | None = None) -> Tensor:
         """Hidden states [T, C] before the last norm; each document attends to itself alone."""
@@ -117,45 +134,51 @@ class Idefics2(nn.Module):
             scale = text.head_dim**-0.5
             return ops.segment_attention(q, k, v, batch.documents, causal=True, window=text.sliding_window, scale=scale)
 
+        batch = self.routed(batch)
         x = self.embed(batch, noise=noise)
-        self.choice.set(batch.adapters, batch.documents.lengths)
-        return self.text_model(x, self.text_model.rotary(batch.positions, self.dtype), attend)
+        return self.text_model(x, self.text_model.rotary(batch.positions, self.dtype), attend, self._route(batch))
 
-    def embed(self, batch: Batch, *, noise: ops.Noise | None = None) -> Tensor:
+    def embed(self, batch: Batch, *, noise: ops.Noise | None = None, norms: Norms | None = None) -> Tensor:
         """Token embeddings [T, C] with the image features in the placeholders' rows, and with noise where it is given.
+
+        Args:
+            norms: of DoRA's layers, where the call has them already; see `Route`.
 
         Raises:
             ValueError: placeholders and images do not match.
         """
-        rows, features = self._image_rows(batch), None
+        batch = self.routed(batch)
+        rows, features, table = self._image_rows(batch), None, self.text_model.embed_tokens
         if batch.patches is not None:
             # None of an image that no token stands for, which has its part in the backward pass all the same.
-            features = self.encode_images(batch).to(self.text_model.embed_tokens.weight.dtype)[: rows.shape[0]]
-        return self.text_model.embed_tokens(batch.token_ids, features, rows, noise)
+            dtype = getattr(table, "base", table).weight.dtype
+            features = self.encode_images(batch, norms=norms).to(dtype)[: rows.shape[0]]
+        return table(batch.token_ids, features, rows, noise, self._route(batch, norms))
 
-    def encode_images(self, batch: Batch) -> Tensor:
+    def encode_images(self, batch: Batch, *, norms: Norms | None = None) -> Tensor:
         """Image tokens [I * L, C] of the batch's images, in their order; those of each adapter's documents together."""
-        names, features, order = self._image_adapters(batch), [], []
+        names, features, order = self._image_adapters(self.routed(batch)), [], []
         if len(set(names)) < 2:
-            self.choice.set(names[:1], (1,))
-            return self._encode(batch.patches, batch.patch_positions, batch.images)
+            route = Route.of(names[:1], (1,) * len(names[:1]), norms)
+            return self._encode(batch.patches, batch.patch_positions, batch.images, route)
         for name in dict.fromkeys(names):
-            self.choice.set((name,), (1,))
+            route = Route(((name, 0),), norms)
             images = [image for image, own in enumerate(names) if own == name]
             rows = torch.cat([torch.arange(*batch.images.bounds[image : image + 2]) for image in images]).to(batch.device)
             segments = Segments.of_lengths([batch.images.lengths[image] for image in images], batch.device)
-            features.append(self._encode(batch.patches.index_select(0, rows), batch.patch_positions.index_select(0, rows), segments))
+            patches, positions = (t.index_select(0, rows) for t in (batch.patches, batch.patch_positions))
+            features.append(self._encode(patches, positions, segments, route))
             order += images
         back = torch.tensor(order, device=batch.device).argsort()
         return torch.cat(features).unflatten(0, (len(order), -1)).index_select(0, back).flatten(0, 1)
 
-    def _encode(self, patches: Tensor, positions: Tensor, images: Segments) -> Tensor:
-        return self.connector(self.vision_model(patches, positions, images), images)
+    def _encode(self, patches: Tensor, positions: Tensor, images: Segments, route: Route) -> Tensor:
+        return self.connector(self.vision_model(patches, positions, images, route), images, route)
 
     def _image_adapters(self, batch: Batch) -> list[str | None]:
-        """The adapter of each image's document, None for an image that no token stands for; [] for the usual one."""
-        if not batch.adapters:
-            return []
+        """The adapter of each image's document, None for an image that no token stands for; [] where none has a name."""
+        if len(set(batch.adapters)) < 2:
+            return [*batch.adapters[:1]] * len(batch.images)
         firsts = self._image_rows(batch)[:: self.config.perceiver.n_latents].contiguous()
         documents = torch.bucketize(firsts, batch.document_offsets[1:].to(torch.int64), right=True).tolist()
         return [batch.adapters[document] for document in documents] + [None] * (len(batch.images) - len(documents))
@@ -193,7 +216,7 @@ class Idefics2(nn.Module):
 
     def hf_views(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         """The Hugging Face tensors that a parameter holds: their names and their views of it; none for a part of an adapter."""
-        if name.endswith((".a", ".b", ".magnitude")):
+        if name.endswith((".a", ".b", ".magnitude", ".shift")):
             return []
         name = name.replace(".base.", ".")
         name = name if name.startswith("lm_head") else f"model.{name}"

@@ -10,7 +10,7 @@ optimizer is seen at the next step, or when the layer changes between training a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -76,14 +76,10 @@ class RowNorm:
             return ops.dora_norm(weight, a, block_diagonal(b, rows), scaling)
         with torch.inference_mode(False):  # what is kept may be used in training next
             steps = OptimizerSteps.count
-            norm = self._norm.get(tensors, (scaling, training, steps))
-            if norm is None:
-                frozen = (training, steps if weight.requires_grad else None)
-                square = self._square.get((weight,), frozen)
-                square = self._square.put(ops.dora_square(weight), (weight,), frozen) if square is None else square
-                norm = ops.dora_norm(weight, a, block_diagonal(b, rows), scaling, square)
-                self._norm.put(norm, tensors, (scaling, training, steps))
-        return norm
+            frozen = (training, steps if weight.requires_grad else None)
+            square = lambda: self._square((weight,), frozen, lambda: ops.dora_square(weight))  # noqa: E731
+            make = lambda: ops.dora_norm(weight, a, block_diagonal(b, rows), scaling, square())  # noqa: E731
+            return self._norm(tensors, (scaling, training, steps), make)
 
 
 def block_diagonal(b: Tensor, rows: Sequence[int]) -> Tensor:
@@ -102,15 +98,17 @@ class _Kept:
     def __init__(self) -> None:
         self._entry: tuple[tuple[weakref.ref, ...], tuple, Tensor] | None = None  # replaced whole: threads share layers
 
-    def get(self, tensors: tuple[Tensor, ...], key: tuple[Any, ...]) -> Tensor | None:
-        if self._entry is None:
-            return None
-        references, state, value = self._entry
-        same = all(reference() is tensor for reference, tensor in zip(references, tensors, strict=True))
-        return value if same and state == _state(tensors, key) else None
-
-    def put(self, value: Tensor, tensors: tuple[Tensor, ...], key: tuple[Any, ...]) -> Tensor:
-        self._entry = tuple(map(weakref.ref, tensors)), _state(tensors, key), value
+    def __call__(self, tensors: tuple[Tensor, ...], key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """The value that is kept, or a new one. It is kept for the state of before it was made: a tensor that another
+        thread writes meanwhile makes it be made again."""
+        entry, state = self._entry, _state(tensors, key)
+        if entry is not None:
+            references, known, value = entry
+            same = all(reference() is tensor for reference, tensor in zip(references, tensors, strict=True))
+            if same and known == state:
+                return value
+        value = make()
+        self._entry = tuple(map(weakref.ref, tensors)), state, value
         return value
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from idefics2_fast import ops
 from idefics2_fast.config import VisionConfig
 from idefics2_fast.kernels.segments import Segments
-from idefics2_fast.layers import Embedding, Linear, add, by_rows
+from idefics2_fast.layers import BASE, Embedding, Linear, Route, add, by_rows
 
 # Patches that go through the tower together on a CPU without gradients. Activations of more than some 30 MB would be returned to the
 # system and faulted in anew by every operation; a few images are enough rows for the matrix products.
@@ -57,9 +57,9 @@ class VisionAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, images: Segments) -> Tensor:
-        q, k, v = self.qkv_proj(x).view(-1, 3, self.heads, self.head_dim).unbind(1)
-        return self.out_proj(ops.segment_attention(q, k, v, images, scale=self.head_dim**-0.5).flatten(1))
+    def forward(self, x: Tensor, images: Segments, route: Route = BASE) -> Tensor:
+        q, k, v = self.qkv_proj(x, route).view(-1, 3, self.heads, self.head_dim).unbind(1)
+        return self.out_proj(ops.segment_attention(q, k, v, images, scale=self.head_dim**-0.5).flatten(1), route)
 
 
 class VisionMLP(nn.Module):
@@ -68,9 +68,10 @@ class VisionMLP(nn.Module):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        return self.fc2(F.gelu(hidden, approximate="tanh") if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden, approximate="tanh"))
+    def forward(self, x: Tensor, route: Route = BASE) -> Tensor:
+        hidden = self.fc1(x, route)
+        act = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
+        return self.fc2(act(hidden, approximate="tanh"), route)
 
 
 class VisionLayer(nn.Module):
@@ -81,9 +82,9 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor, images: Segments) -> Tensor:
-        x = add(x, self.self_attn(self.layer_norm1(x), images))
-        return add(x, by_rows(lambda rows: self.mlp(self.layer_norm2(rows)), x))
+    def forward(self, x: Tensor, images: Segments, route: Route = BASE) -> Tensor:
+        x = add(x, self.self_attn(self.layer_norm1(x), images, route))
+        return add(x, by_rows(lambda rows: self.mlp(self.layer_norm2(rows), route), x))
 
 
 class VisionTower(nn.Module):
@@ -93,25 +94,26 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, patches: Tensor, positions: Tensor, images: Segments) -> Tensor:
+    def forward(self, patches: Tensor, positions: Tensor, images: Segments, route: Route = BASE) -> Tensor:
         """Features [P, C] of packed images.
 
         Args:
             patches: [P, 3 * 14 * 14], uint8 or normalised floats, in Conv2d's order (channel, row, column).
             positions: int64 [P], rows of the position table.
             images: I segments over the P patches.
+            route: the named adapter of all images.
         """
         if torch.is_grad_enabled() or patches.is_cuda:
-            return self._encode(patches, positions, images)
+            return self._encode(patches, positions, images, route)
         groups = by_total(images.lengths, PATCHES)
         rows = [sum(lengths) for lengths in groups]
         pieces = zip(patches.split(rows), positions.split(rows), groups, strict=True)
-        return torch.cat([self._encode(p, at, Segments.of_lengths(lengths)) for p, at, lengths in pieces])
+        return torch.cat([self._encode(p, at, Segments.of_lengths(lengths), route) for p, at, lengths in pieces])
 
-    def _encode(self, patches: Tensor, positions: Tensor, images: Segments) -> Tensor:
+    def _encode(self, patches: Tensor, positions: Tensor, images: Segments, route: Route) -> Tensor:
         x = self.embeddings(patches, positions)
         for layer in self.layers:
-            x = layer(x, images)
+            x = layer(x, images, route)
         return self.post_layernorm(x)
 
 

@@ -1,0 +1,124 @@
+"""Adapters on disk: whatever PEFT computes from a folder the engine computes, and the reverse; nothing is lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from support.hf import engine_of, sample, to_batch, to_hf
+from torch import nn
+
+from idefics2_fast import Idefics2, Idefics2Config
+from idefics2_fast.adapter_config import HARMLESS, INITIALISATIONS, READ, REFUSED, AdapterConfig
+from idefics2_fast.adapter_files import load_adapters, save_adapters
+from idefics2_fast.adapters import AdaptedLinear, adapted, attach_adapters, merge_adapters, unmerge_adapters
+from idefics2_fast.benchmarks.local_checkpoint import random_model
+
+CONFIG = Idefics2Config.named("tiny")
+SAMPLES = [sample([(56, 70)], CONFIG), sample([], CONFIG, seed=1)]
+PADDED, PACKED = to_hf(SAMPLES), to_batch(SAMPLES, CONFIG)
+TEXT = r".*text_model.*\.(q_proj|v_proj|gate_proj|down_proj)"
+BOTH = rf"({TEXT}|.*vision_model.*\.(q_proj|k_proj|fc1))"
+TOKENS = sorted({SAMPLES[0].tokens[1], SAMPLES[1].tokens[2], 7})
+
+# What PEFT can say, by field: each of these changes logits.
+FORMULAS = {
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, r"layers.0.*fc1": 6}, "target_modules": BOTH},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 11, "text_model.layers.1.mlp.gate_proj": 3}, "target_modules": BOTH},
+    "both patterns, DoRA": {"rank_pattern": {"k_proj": 1}, "alpha_pattern": {"k_proj": 7}, "use_dora": True, "target_modules": BOTH},
+    "the first pattern that fits": {"alpha_pattern": {"q_proj|v_proj": 1, "q_proj": 90}, "target_modules": TEXT},
+    "rank-stabilised, with patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"v_proj": 2}, "target_modules": TEXT},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding, DoRA": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True, "rank_pattern": {"embed_tokens": 2}},
+    "embedding alone": {"target_modules": r".*embed_tokens"},
+    "rows of the embedding": {"trainable_token_indices": TOKENS, "target_modules": TEXT},
+    "rows of embedding and head": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [5, 6]}, "target_modules": TEXT},
+    "biases of the layers": {"bias": "lora_only", "target_modules": BOTH},
+    "all biases, DoRA": {"bias": "all", "use_dora": True, "target_modules": BOTH},
+    "a bias of B": {"lora_bias": True, "target_modules": rf"({BOTH}|.*modality_projection.*up_proj)"},
+    "layers, and modules that are not": {
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+        "exclude_modules": ["v_proj"],
+        "target_modules": ["q_proj", "v_proj"],
+    },
+    "fan in, fan out": {"fan_in_fan_out": True, "target_modules": ["q_proj", "embed_tokens"]},
+    "modules trained whole": {"modules_to_save": ["connector", "lm_head", "embed_tokens", "layer_norm1"], "target_modules": TEXT},
+    "every linear layer": {"target_modules": "all-linear", "use_dora": True},
+    "gaussian": {"init_lora_weights": "gaussian", "target_modules": TEXT},
+    "orthogonal": {"init_lora_weights": "orthogonal", "target_modules": TEXT},
+}
+
+
+@pytest.fixture(scope="module")
+def hugging_face() -> nn.Module:
+    return random_model(CONFIG).eval()
+
+
+def trained(hf: nn.Module, config: dict[str, object], folder: Path) -> torch.Tensor:
+    """An adapter of PEFT as after some training, in its folder; its logits as PEFT reads it anew."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(hf), LoraConfig(**{"r": 4, "lora_alpha": 6} | config))
+    draw = torch.Generator().manual_seed(3)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        size = 0.1 * max(parameter.detach().abs().mean().item(), 0.3)
+        parameter.data.add_(torch.randn(parameter.shape, generator=draw) * size)
+    model.save_pretrained(folder)
+    return read_by_peft(hf, folder)
+
+
+@torch.no_grad()
+def read_by_peft(hf: nn.Module, folder: Path) -> torch.Tensor:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(copy.deepcopy(hf), folder).eval()
+    return model(**PADDED).logits[PADDED["attention_mask"].bool()]
+
+
+def engine(hf: nn.Module) -> Idefics2:
+    return engine_of(hf, CONFIG)
+
+
+@torch.no_grad()
+def logits(model: Idefics2) -> torch.Tensor:
+    return model(PACKED)
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_load_adapters_formula(formula, hugging_face, tmp_path):
+    """The engine's logits are PEFT's; so are those of both, of what the engine saves again; merged and taken apart as well."""
+    expected = trained(hugging_face, FORMULAS[formula], tmp_path / "peft")
+    ours = engine(hugging_face)
+    assert (expected - logits(ours)).abs().max() > 0.01 * expected.abs().max(), "the adapter changes something"
+    load_adapters(ours, tmp_path / "peft")
+    near(logits(ours), expected)
+    save_adapters(ours, tmp_path / "ours")
+    near(read_by_peft(hugging_face, tmp_path / "ours"), expected)
+    again = engine(hugging_face)
+    load_adapters(again, tmp_path / "ours", name="fr")
+    near(logits(again), expected)
+    if formula != "a bias of B":
+        merge_adapters(ours, keep=True)
+        near(logits(ours), expected)
+        unmerge_adapters(ours)
+        near(logits(ours), expected)
+
+
+def test_adapter_config_fields_are_pefts():
+    """Each field of the installed LoraConfig is classified, with PEFT's own default: a new one turns this red."""
+    from peft import LoraConfig
+
+    known, default = {field.name for field in fields(LoraConfig)}, LoraConfig()
+    assert known == READ.keys() | HARMLESS.keys() | REFUSED.keys()
+    assert len(known) == len(READ) + len(HARMLESS) + len(REFUSED)
+    assert all(getattr(default, name) == off for name, off in REFUSED.items())
+    assert all(getattr(default, name) == off for name, (off, _, _) in READ.items() if name != "peft_type")
