@@ -34,6 +34,7 @@ class Batch:
         sample_keys: D names, one per document, for logs and for counter-based randomness.
         token_base: global index of the first token, so that noise is the same on any number of ranks.
         tokenizer: turns generated ids into text; None for batches made by hand.
+        norms: DoRA's norms by layer, of a call during which weights stay as they are; see `layers.Route`.
 
     Raises:
         ValueError: shapes that do not belong together, at construction.
@@ -52,6 +53,7 @@ class Batch:
     sample_keys: tuple[str, ...] = ()
     token_base: int = 0
     tokenizer: Any = None
+    norms: Any = None
 
     def __post_init__(self) -> None:
         _check(self)

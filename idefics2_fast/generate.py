@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,15 +76,14 @@ def generate(
         ValueError: settings out of range, an empty batch, a prompt that leaves no position free, strings without a tokenizer.
     """
     _check(model, batch, max_new_tokens, temperature, top_p)
-    batch = model.routed(batch)
+    batch = replace(model.routed(batch), norms=_norms(model))
     if batch.tokenizer is None and (stop_strings or any(isinstance(word, str) for word in bad_words)):
         raise ValueError("stop_strings and bad_words given as text need a tokenizer: make the batch with a Processor, or give ids")
     stop_ids, strings = _stops(model, batch, stop_tokens, stop_strings)
     bans = _Bans([_ids(word, batch.tokenizer) for word in bad_words], model.config.text.vocab_size, model.device)
     sequences = _sequences(model, batch, max_new_tokens, seed, strings)
     cache = KVCache(model.config.text, [len(s.prompt) + s.limit for s in sequences], dtype=model.dtype, device=model.device)
-    norms = _norms(model)
-    logits, active = prefill(model, batch, cache, norms), list(range(len(sequences)))
+    logits, active = prefill(model, batch, cache), list(range(len(sequences)))
     rows = torch.tensor(active, device=model.device)
     while active:
         bans.apply(logits, [sequences[i] for i in active])
@@ -98,7 +97,7 @@ def generate(
         if model.device.type == "cpu" and len(running) < len(active):  # a captured graph keeps its shape; a CPU drops the finished
             chosen = torch.tensor([sequences[i].tokens[-1] for i in running])
             active, rows = running, torch.tensor(running)
-        route = Route.of([batch.adapters[i] for i in active] if batch.adapters else (), [1] * len(active), norms)
+        route = Route.of([batch.adapters[i] for i in active] if batch.adapters else (), [1] * len(active), batch.norms)
         logits = decode_step(model, cache, chosen, rows, route)
     texts = None if batch.tokenizer is None else [s.text.text for s in sequences]
     return Generation([s.tokens for s in sequences], texts, [s.finish for s in sequences])
@@ -109,14 +108,14 @@ def _norms(model: Idefics2) -> Norms:
     return {layer: layer.row_norm() for layer in model.modules() if getattr(layer, "magnitude", None) is not None}
 
 
-def prefill(model: Idefics2, batch: Batch, cache: KVCache, norms: Norms | None = None) -> Tensor:
+def prefill(model: Idefics2, batch: Batch, cache: KVCache) -> Tensor:
     """Logits [D, vocab] after each document, whose keys and values enter the cache."""
     batch = model.routed(batch)
     rotary = model.text_model.rotary(batch.positions, model.dtype)
-    route = Route.of(batch.adapters, batch.documents.lengths, norms)
-    hidden = model.text_model(model.embed(batch, norms=norms), rotary, cache.prefill(batch.documents), route)
+    route = Route.of(batch.adapters, batch.documents.lengths, batch.norms)
+    hidden = model.text_model(model.embed(batch), rotary, cache.prefill(batch.documents), route)
     ends = batch.document_offsets[1:].to(torch.int64) - 1
-    return model.logits(hidden.index_select(0, ends), Route.of(batch.adapters, [1] * len(batch.documents), norms))
+    return model.logits(hidden.index_select(0, ends), Route.of(batch.adapters, [1] * len(batch.documents), batch.norms))
 
 
 def decode_step(model: Idefics2, cache: KVCache, token_ids: Tensor, sequences: Tensor, route: Route = BASE) -> Tensor:

@@ -20,7 +20,7 @@ from idefics2_fast.counters import Parts
 from idefics2_fast.generate import Generation, generate
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.language import TextModel
-from idefics2_fast.layers import BASE, Choice, Linear, Norms, Route
+from idefics2_fast.layers import BASE, Choice, Linear, Route
 from idefics2_fast.vision import VisionTower
 
 
@@ -119,8 +119,8 @@ class Idefics2(nn.Module):
         adapters = self.choice.of(batch.adapters, len(batch.documents))
         return batch if adapters == tuple(batch.adapters) else replace(batch, adapters=adapters)
 
-    def _route(self, batch: Batch, norms: Norms | None = None) -> Route:
-        return Route.of(batch.adapters, batch.documents.lengths, norms)
+    def _route(self, batch: Batch) -> Route:
+        return Route.of(batch.adapters, batch.documents.lengths, batch.norms)
 
     def logits(self, hidden: Tensor, route: Route = BASE) -> Tensor:
         """Logits [rows, vocab] of hidden states [rows, C] before the last norm."""
@@ -138,11 +138,8 @@ class Idefics2(nn.Module):
         x = self.embed(batch, noise=noise)
         return self.text_model(x, self.text_model.rotary(batch.positions, self.dtype), attend, self._route(batch))
 
-    def embed(self, batch: Batch, *, noise: ops.Noise | None = None, norms: Norms | None = None) -> Tensor:
+    def embed(self, batch: Batch, *, noise: ops.Noise | None = None) -> Tensor:
         """Token embeddings [T, C] with the image features in the placeholders' rows, and with noise where it is given.
-
-        Args:
-            norms: of DoRA's layers, where the call has them already; see `Route`.
 
         Raises:
             ValueError: placeholders and images do not match.
@@ -152,17 +149,17 @@ class Idefics2(nn.Module):
         if batch.patches is not None:
             # None of an image that no token stands for, which has its part in the backward pass all the same.
             dtype = getattr(table, "base", table).weight.dtype
-            features = self.encode_images(batch, norms=norms).to(dtype)[: rows.shape[0]]
-        return table(batch.token_ids, features, rows, noise, self._route(batch, norms))
+            features = self.encode_images(batch).to(dtype)[: rows.shape[0]]
+        return table(batch.token_ids, features, rows, noise, self._route(batch))
 
-    def encode_images(self, batch: Batch, *, norms: Norms | None = None) -> Tensor:
+    def encode_images(self, batch: Batch) -> Tensor:
         """Image tokens [I * L, C] of the batch's images, in their order; those of each adapter's documents together."""
         names, features, order = self._image_adapters(self.routed(batch)), [], []
         if len(set(names)) < 2:
-            route = Route.of(names[:1], (1,) * len(names[:1]), norms)
+            route = Route.of(names[:1], (1,) * len(names[:1]), batch.norms)
             return self._encode(batch.patches, batch.patch_positions, batch.images, route)
         for name in dict.fromkeys(names):
-            route = Route(((name, 0),), norms)
+            route = Route(((name, 0),), batch.norms)
             images = [image for image, own in enumerate(names) if own == name]
             rows = torch.cat([torch.arange(*batch.images.bounds[image : image + 2]) for image in images]).to(batch.device)
             segments = Segments.of_lengths([batch.images.lengths[image] for image in images], batch.device)

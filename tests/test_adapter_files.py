@@ -13,9 +13,9 @@ from support.hf import engine_of, sample, to_batch, to_hf
 from torch import nn
 
 from idefics2_fast import Idefics2, Idefics2Config
-from idefics2_fast.adapter_config import HARMLESS, INITIALISATIONS, READ, REFUSED, AdapterConfig
+from idefics2_fast.adapter_config import HARMLESS, READ, REFUSED
 from idefics2_fast.adapter_files import load_adapters, save_adapters
-from idefics2_fast.adapters import AdaptedLinear, adapted, attach_adapters, merge_adapters, unmerge_adapters
+from idefics2_fast.adapters import adapted, attach_adapters, merge_adapters, unmerge_adapters
 from idefics2_fast.benchmarks.local_checkpoint import random_model
 
 CONFIG = Idefics2Config.named("tiny")
@@ -31,7 +31,12 @@ FORMULAS = {
     "alpha_pattern": {"alpha_pattern": {"q_proj": 11, "text_model.layers.1.mlp.gate_proj": 3}, "target_modules": BOTH},
     "both patterns, DoRA": {"rank_pattern": {"k_proj": 1}, "alpha_pattern": {"k_proj": 7}, "use_dora": True, "target_modules": BOTH},
     "the first pattern that fits": {"alpha_pattern": {"q_proj|v_proj": 1, "q_proj": 90}, "target_modules": TEXT},
-    "rank-stabilised, with patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"v_proj": 2}, "target_modules": TEXT},
+    "rank-stabilised, with patterns": {
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 9},
+        "alpha_pattern": {"v_proj": 2},
+        "target_modules": TEXT,
+    },
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "embedding, DoRA": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True, "rank_pattern": {"embed_tokens": 2}},
     "embedding alone": {"target_modules": r".*embed_tokens"},
@@ -61,7 +66,7 @@ def hugging_face() -> nn.Module:
 
 def trained(hf: nn.Module, config: dict[str, object], folder: Path) -> torch.Tensor:
     """An adapter of PEFT as after some training, in its folder; its logits as PEFT reads it anew."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(copy.deepcopy(hf), LoraConfig(**{"r": 4, "lora_alpha": 6} | config))
     draw = torch.Generator().manual_seed(3)
@@ -93,7 +98,11 @@ def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
+# Those that between them take every path run each time.
+QUICK = ("both patterns, DoRA", "embedding, DoRA", "rows of embedding and head")
+
+
+@pytest.mark.parametrize("formula", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORMULAS])
 def test_load_adapters_formula(formula, hugging_face, tmp_path):
     """The engine's logits are PEFT's; so are those of both, of what the engine saves again; merged and taken apart as well."""
     expected = trained(hugging_face, FORMULAS[formula], tmp_path / "peft")
@@ -122,3 +131,58 @@ def test_adapter_config_fields_are_pefts():
     assert len(known) == len(READ) + len(HARMLESS) + len(REFUSED)
     assert all(getattr(default, name) == off for name, off in REFUSED.items())
     assert all(getattr(default, name) == off for name, (off, _, _) in READ.items() if name != "peft_type")
+
+
+# Weights trained beside an adapter, by the ends of the engine's names; the adapter is on the text, or on the connector as well.
+BESIDE = {
+    "latents": (("text",), ["perceiver_resampler.latents"]),
+    "latents, beside adapters": (("text", "connector"), ["perceiver_resampler.latents", "input_context_norm.weight"]),
+    "the connector": (("text",), ["connector"]),
+    "a weight without its bias": (("text",), ["vision_model.layers.0.layer_norm1.weight", "vision_model.layers.1.mlp.fc1.weight"]),
+    "a bias": (("vision",), ["vision_model.layers.0.self_attn.out_proj.base.bias"]),
+    "beneath adapters": (("vision", "head"), ["vision_model.layers.1.self_attn.qkv_proj.base.weight", "lm_head.base.weight"]),
+    "tables": (("text",), ["embed_tokens.weight", "position_embedding.weight"]),
+}
+
+
+@pytest.mark.parametrize("name", [None, "fr"])
+@pytest.mark.parametrize("beside", [name if name == "latents" else pytest.param(name, marks=pytest.mark.slow) for name in BESIDE])
+def test_save_adapters_weights_trained_beside(beside, name, hugging_face, tmp_path):
+    """PEFT reads each of them; they outlive any number of loads and saves."""
+    targets, places = BESIDE[beside]
+    ours = engine(hugging_face)
+    attach_adapters(ours, name=name, rank=2, targets=targets)
+    draw = torch.Generator().manual_seed(2)
+    for place, parameter in ours.named_parameters():
+        if any(end in place for end in places):
+            parameter.requires_grad_(True)
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    expected = logits(ours)
+    assert (expected - logits(engine(hugging_face))).abs().max() > 1e-3
+    for number in range(2):
+        save_adapters(ours, tmp_path / str(number), name=name)
+        near(read_by_peft(hugging_face, tmp_path / str(number)), expected)
+        ours = engine(hugging_face)
+        load_adapters(ours, tmp_path / str(number), name=name)
+        near(logits(ours), expected)
+    first, second = ((tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in "01")
+    assert first == second
+
+
+@pytest.mark.slow
+def test_save_adapters_part_of_a_fused_layer(hugging_face, tmp_path):
+    """One projection with an adapter, another trained whole: the file of the engine speaks of these two alone."""
+    config = {"target_modules": r".*text_model.*q_proj", "use_dora": True, "modules_to_save": ["text_model.layers.0.self_attn.v_proj"]}
+    expected = trained(hugging_face, config, tmp_path / "peft")
+    ours = engine(hugging_face)
+    load_adapters(ours, tmp_path / "peft")
+    save_adapters(ours, tmp_path / "ours")
+    near(read_by_peft(hugging_face, tmp_path / "ours"), expected)
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert len(written["target_modules"]) == CONFIG.text.num_hidden_layers
+    assert written["modules_to_save"] == ["model.text_model.layers.0.self_attn.v_proj"]
+    for layer in adapted(ours).values():
+        layer.b.data.add_(0.1)
+    trained_on = logits(ours)
+    save_adapters(ours, tmp_path / "on")
+    near(read_by_peft(hugging_face, tmp_path / "on"), trained_on)

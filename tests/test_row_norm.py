@@ -119,6 +119,21 @@ def test_a_change_is_seen(counted, computed, change):
     assert computed.count("norm") == 2
 
 
+def test_a_change_while_it_is_computed_is_seen(counted, monkeypatch):
+    """Another thread's optimizer, between the norm and its being kept."""
+    layer, norm = Layer(), ops.dora_norm
+
+    def overtaken(*args):
+        made = norm(*args)
+        in_place(layer)
+        return made
+
+    monkeypatch.setattr(ops, "dora_norm", overtaken)
+    layer()
+    monkeypatch.setattr(ops, "dora_norm", norm)
+    layer.assert_right()
+
+
 def test_a_frozen_weights_part_is_kept_over_steps(counted, computed):
     layer = Layer()
     layer()
