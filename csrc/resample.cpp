@@ -1,11 +1,16 @@
 #include "resample.hpp"
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cassert>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <list>
+#include <mutex>
 #include <stdexcept>
 
 namespace idefics2 {
@@ -173,23 +178,83 @@ Taps bilinear_taps(int64_t input, int64_t output, int64_t needed) {
     return taps;
 }
 
+namespace {
+
+// The axes used last, by what they are made from. Long ones are not kept: their tables are large, and time goes elsewhere.
+template <class Pass>
+class Axes {
+public:
+    using Key = std::array<int64_t, 5>;  // input, output, needed, channels, kernels
+    using Made = std::shared_ptr<const Axis<Pass>>;
+
+    template <class Make>
+    Made get(const Key& key, const Make& make) {
+        {
+            const std::lock_guard lock(mutex_);
+            const auto found = std::find_if(kept_.begin(), kept_.end(), [&](const auto& entry) { return entry.first == key; });
+            if (found != kept_.end()) {
+                kept_.splice(kept_.begin(), kept_, found);
+                return found->second;
+            }
+        }
+        Made made = make();
+        if (key[0] > kLongest || key[1] > kLongest) return made;
+        const std::lock_guard lock(mutex_);
+        kept_.emplace_front(key, made);
+        if (kept_.size() > kMost) kept_.pop_back();
+        return made;
+    }
+
+    std::mutex& mutex() { return mutex_; }
+
+private:
+    static constexpr size_t kMost = 64;
+    static constexpr int64_t kLongest = 10'000;
+    std::mutex mutex_;
+    std::list<std::pair<Key, Made>> kept_;
+};
+
+// Never destroyed: threads may outlive all else. No thread holds a lock while the process forks.
+template <class Pass>
+Axes<Pass>& axes() {
+    static Axes<Pass>* const kept = [] {
+        auto* made = new Axes<Pass>;
+        const auto lock = [] { axes<Pass>().mutex().lock(); };
+        const auto unlock = [] { axes<Pass>().mutex().unlock(); };
+        if (pthread_atfork(lock, unlock, unlock) != 0) throw std::runtime_error("pthread_atfork failed");
+        return made;
+    }();
+    return *kept;
+}
+
+template <class Pass, class MakePass>
+std::shared_ptr<const Axis<Pass>> axis(int64_t input, int64_t output, int64_t needed, int channels, const Kernels& with, const MakePass& make_pass) {
+    return axes<Pass>().get({input, output, needed, channels, static_cast<int64_t>(reinterpret_cast<intptr_t>(&with))}, [&] {
+        auto made = std::make_shared<Axis<Pass>>();
+        made->taps = bilinear_taps(input, output, needed);
+        if (!made->taps.identity()) made->pass = make_pass(made->taps);
+        return made;
+    });
+}
+
+}  // namespace
+
 Resampler::Resampler(Size input, Size output, Size needed, int channels, PassOrder order, const Kernels& with)
-    : columns_(bilinear_taps(input.width, output.width, needed.width)),
-      rows_(bilinear_taps(input.height, output.height, needed.height)),
+    : columns_(axis<HorizontalPass>(input.width, output.width, needed.width, channels, with,
+                                    [&](const Taps& taps) { return with.horizontal(taps, channels); })),
+      rows_(axis<VerticalPass>(input.height, output.height, needed.height, 0, with, with.vertical)),
       needed_(needed) {
     const int64_t fewer_rows = input.height - output.height, fewer_columns = input.width - output.width;
     vertical_first_ = order == PassOrder::shrinking_first && fewer_rows > 0 && fewer_rows > 2 * fewer_columns;
-    if (!columns_.identity()) horizontal_ = with.horizontal(columns_, channels);
-    if (!rows_.identity()) vertical_ = with.vertical(rows_);
 }
 
 void Resampler::run(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const {
     assert(0 <= first && first <= last && last <= needed_.height);
-    assert(source.size.height == rows_.input && source.size.width == columns_.input);
+    assert(source.size.height == rows_->taps.input && source.size.width == columns_->taps.input);
     if (first == last) return;
-    if (columns_.identity()) {
+    if (columns_->taps.identity()) {
         run_vertical(source, first, last, sink);
-    } else if (rows_.identity() || vertical_first_) {
+    } else if (rows_->taps.identity() || vertical_first_) {
         run_horizontal_last(source, first, last, sink);
     } else {
         run_horizontal_first(source, first, last, sink);
@@ -250,18 +315,18 @@ void Resampler::run_vertical(const Source& source, int64_t first, int64_t last, 
     Strips strips(sink, last, source.channels);
     std::vector<const uint8_t*> list;
     for (int64_t y = first; y < last; ++y) {
-        if (rows_.identity()) {
+        if (rows_->taps.identity()) {
             strips.add(y, source.row(y));
             continue;
         }
-        list_rows(rows_, y, list, [&](int64_t at) { return source.row(at); });
-        vertical_->run(y, list.data(), bytes, after[y]);
+        list_rows(rows_->taps, y, list, [&](int64_t at) { return source.row(at); });
+        rows_->pass->run(y, list.data(), bytes, after[y]);
         strips.add(y, after[y]);
     }
 }
 
 void Resampler::run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const {
-    const int block = horizontal_->block;
+    const int block = columns_->pass->block;
     const int64_t source_bytes = source.size.width * source.channels;
     const Rows between(memory_between, block, source_bytes), after(memory_after, block + kPatchSide - 1, needed_.width * 3);
     Strips strips(sink, last, 3);
@@ -271,36 +336,36 @@ void Resampler::run_horizontal_last(const Source& source, int64_t first, int64_t
         for (int64_t i = 0; i < block; ++i) {
             const int64_t y = std::min(start + i, last - 1);
             out[i] = after[y];
-            in[i] = rows_.identity() ? source.row(y) : between[y];
-            if (rows_.identity() || start + i > y) continue;
-            list_rows(rows_, y, list, [&](int64_t at) { return source.row(at); });
-            vertical_->run(y, list.data(), source_bytes, between[y]);
+            in[i] = rows_->taps.identity() ? source.row(y) : between[y];
+            if (rows_->taps.identity() || start + i > y) continue;
+            list_rows(rows_->taps, y, list, [&](int64_t at) { return source.row(at); });
+            rows_->pass->run(y, list.data(), source_bytes, between[y]);
         }
-        horizontal_->run(in.data(), out.data());
+        columns_->pass->run(in.data(), out.data());
         for (int64_t y = start; y < std::min(start + block, last); ++y) strips.add(y, after[y]);
     }
 }
 
 void Resampler::run_horizontal_first(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const {
-    const int block = horizontal_->block;
+    const int block = columns_->pass->block;
     const int64_t bytes = needed_.width * 3;
     // A block is made when its first row is wanted, while all rows before it may be in use.
-    const Rows between(memory_between, rows_.most() + block, bytes), after(memory_after, kPatchSide, bytes);
+    const Rows between(memory_between, rows_->taps.most() + block, bytes), after(memory_after, kPatchSide, bytes);
     Strips strips(sink, last, 3);
     std::vector<const uint8_t*> list, in(block);
     std::vector<uint8_t*> out(block);
-    const int64_t end = rows_.end(last - 1);
-    for (int64_t y = first, next = rows_.first[first]; y < last; ++y) {
-        for (; next < rows_.end(y); next += block) {
+    const int64_t end = rows_->taps.end(last - 1);
+    for (int64_t y = first, next = rows_->taps.first[first]; y < last; ++y) {
+        for (; next < rows_->taps.end(y); next += block) {
             for (int64_t i = 0; i < block; ++i) {
                 const int64_t at = std::min(next + i, end - 1);
                 in[i] = source.row(at);
                 out[i] = between[at];
             }
-            horizontal_->run(in.data(), out.data());
+            columns_->pass->run(in.data(), out.data());
         }
-        list_rows(rows_, y, list, [&](int64_t at) { return between[at]; });
-        vertical_->run(y, list.data(), bytes, after[y]);
+        list_rows(rows_->taps, y, list, [&](int64_t at) { return between[at]; });
+        rows_->pass->run(y, list.data(), bytes, after[y]);
         strips.add(y, after[y]);
     }
 }

@@ -109,6 +109,13 @@ std::vector<std::string> kernels_here();
 // the receiver returns.
 using RowsSink = std::function<void(int64_t y, const std::vector<const uint8_t*>& rows, int channels)>;
 
+// The tables of an axis.
+template <class Pass>
+struct Axis {
+    Taps taps;
+    std::unique_ptr<Pass> pass;  // none where the axis keeps its length
+};
+
 // A planned resize: its tables, to be used by any number of threads.
 class Resampler {
 public:
@@ -122,11 +129,11 @@ private:
     void run_horizontal_last(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const;
     void run_vertical(const Source& source, int64_t first, int64_t last, const RowsSink& sink) const;
 
-    Taps columns_, rows_;
+    // Shared with other resizes of the same length to the same length: most images of a batch, and of the next.
+    std::shared_ptr<const Axis<HorizontalPass>> columns_;
+    std::shared_ptr<const Axis<VerticalPass>> rows_;
     Size needed_;
     bool vertical_first_;
-    std::unique_ptr<HorizontalPass> horizontal_;
-    std::unique_ptr<VerticalPass> vertical_;
 };
 
 }  // namespace idefics2

@@ -86,6 +86,21 @@ Vector shuffle(const Vector& bytes, const Vector& order) {
     });
 }
 
+// Byte i of the result is the byte that `order` says.
+Vector permute(const Vector& bytes, const Vector& order) {
+    return make<uint8_t>([&](int i) { return bytes.bytes[order.bytes[i] % 64]; });
+}
+// The same from byte `kFrom` on; before it, `lower`.
+template <int kFrom>
+Vector permute_upper(const Vector& lower, const Vector& bytes, const Vector& order) {
+    return make<uint8_t>([&](int i) { return i < kFrom ? lower.bytes[i] : bytes.bytes[order.bytes[i] % 64]; });
+}
+
+// 16 bytes, from integers that are cut to a byte.
+void store_as_bytes(const Vector& values, uint8_t* to) {
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(std::min<uint32_t>(get<uint32_t>(values, i), 255));
+}
+
 Vector add(const Vector& a, const Vector& b) {
     return make<uint32_t>([&](int i) { return get<uint32_t>(a, i) + get<uint32_t>(b, i); });
 }

@@ -2,6 +2,7 @@
 // the vectors are AVX-512's, and by resample_portable.cpp, where they are arrays, so that every line of this file runs on any CPU.
 //
 // Before it is included stand WIDE, the attribute of functions that use vectors, and the type Vector with its operations.
+#include <algorithm>
 #include <cstring>
 
 #include "stretches.hpp"
@@ -45,9 +46,10 @@ WIDE inline Vector values(const Sums& sums) {
     return shift_right<kWeightBits>(add(shift_left<8>(add(shift_left<8>(sums.high), sums.middle)), sums.low));
 }
 
-class WideHorizontal final : public HorizontalPass {
+// Where windows are far apart or rows short: a quarter of a vector is four pixels of a row, for one output of four rows.
+class QuarterHorizontal final : public HorizontalPass {
 public:
-    WideHorizontal(const Stretches& planned, int channels)
+    QuarterHorizontal(const Stretches& planned, int channels)
         : HorizontalPass(kBlock), step_(kPixelsPerLoad * channels), parts_{Part(planned.start, channels), Part(planned.end, channels)} {}
 
     WIDE void run(const uint8_t* const* in, uint8_t* const* out) const override {
@@ -95,6 +97,93 @@ private:
     const Part parts_[2];
 };
 
+// Where five outputs' windows are close together: a vector has a lane of four taps for each of their 15 bytes, picked out of 64 bytes of a
+// row, or out of twice 64: the first three outputs' and the last two's.
+template <int kLoads>
+class LaneHorizontal final : public HorizontalPass {
+public:
+    LaneHorizontal(const Taps& taps, int channels) : HorizontalPass(kBlock) {
+        const int64_t row_bytes = taps.input * channels, quads = (taps.most() + 3) / 4;
+        for (int64_t first = 0; first < taps.outputs(); first += kOutputs) {
+            for (int64_t quad = 0; quad < quads; ++quad) {
+                Step step{};
+                uint32_t digits[3][kVectorBytes / 4] = {};
+                for (int load = 0; load < kLoads; ++load)
+                    step.at[load] = std::min(byte_of(taps, first + load * kFirst, 4 * quad) * channels, row_bytes - kVectorBytes);
+                for (int64_t i = 0; i < kOutputs; ++i) {
+                    const int64_t output = std::min(first + i, taps.outputs() - 1), at = step.at[i >= kFirst ? kLoads - 1 : 0];
+                    int32_t weights[4] = {};
+                    for (int64_t tap = 0; tap < 4 && 4 * quad + tap < taps.count(output); ++tap) weights[tap] = taps.of(output)[4 * quad + tap];
+                    std::vector<int32_t> of_quad;
+                    push_quad(of_quad, weights, 4);
+                    for (int c = 0; c < 3; ++c) {
+                        for (int digit = 0; digit < 3; ++digit) digits[digit][3 * i + c] = static_cast<uint32_t>(of_quad[digit]);
+                        for (int64_t tap = 0; tap < 4; ++tap) {  // those without a weight may be any byte
+                            const int64_t byte = byte_of(taps, output, 4 * quad + tap) * channels + c - at;
+                            step.order[4 * (3 * i + c) + tap] = static_cast<uint8_t>(std::min(byte, kVectorBytes - 1));
+                        }
+                    }
+                }
+                std::memcpy(step.weights, digits, sizeof digits);
+                steps_.push_back(step);
+            }
+        }
+        quads_ = quads;
+    }
+
+    // Whether all taps of each five outputs lie within the loads, and the row has as many bytes as one.
+    static bool fits(const Taps& taps, int channels) {
+        if (taps.input * channels < kVectorBytes) return false;
+        for (int64_t first = 0; first < taps.outputs(); first += kOutputs) {
+            for (int load = 0; load < kLoads; ++load) {
+                const int64_t from = std::min(first + load * kFirst, taps.outputs() - 1);
+                const int64_t last = std::min(first + (load + 1 < kLoads ? kFirst : kOutputs), taps.outputs()) - 1;
+                if (last > from && (taps.first[last] + 4 - taps.first[from]) * channels > kVectorBytes) return false;
+            }
+        }
+        return true;
+    }
+
+    WIDE void run(const uint8_t* const* in, uint8_t* const* out) const override {
+        int64_t to = 0;
+        for (const Step *step = steps_.data(), *end = step + steps_.size(); step != end; to += 3 * kOutputs) {
+            Sums sums[kBlock];
+            for (Sums& row : sums) row = no_sums();
+            for (int64_t quad = 0; quad < quads_; ++quad, ++step) {
+                const Vector order = load(step->order);
+                const Vector low = load(step->weights[0]), middle = load(step->weights[1]), high = load(step->weights[2]);
+                for (int row = 0; row < kBlock; ++row) {
+                    Vector bytes = permute(load(in[row] + step->at[0]), order);
+                    if constexpr (kLoads == 2) bytes = permute_upper<12 * kFirst>(bytes, load(in[row] + step->at[1]), order);
+                    sums[row].low = add_dot(sums[row].low, bytes, low);
+                    sums[row].middle = add_dot(sums[row].middle, bytes, middle);
+                    sums[row].high = add_dot(sums[row].high, bytes, high);
+                }
+            }
+            for (int row = 0; row < kBlock; ++row) store_as_bytes(values(sums[row]), out[row] + to);
+        }
+    }
+
+private:
+    static constexpr int kBlock = 4;
+    static constexpr int64_t kOutputs = 5, kFirst = 3;
+
+    // Four taps of five outputs.
+    struct Step {
+        int64_t at[kLoads];
+        uint8_t order[kVectorBytes];
+        uint8_t weights[3][kVectorBytes];
+    };
+
+    // The input pixel of an output's tap; the last one's for taps and outputs past the end.
+    static int64_t byte_of(const Taps& taps, int64_t output, int64_t tap) {
+        return std::min(taps.first[std::min(output, taps.outputs() - 1)] + tap, taps.input - 1);
+    }
+
+    std::vector<Step> steps_;
+    int64_t quads_;
+};
+
 class WideVertical final : public VerticalPass {
 public:
     explicit WideVertical(const Taps& taps) : taps_(taps), narrow_(scalar_kernels.vertical(taps)) {
@@ -134,9 +223,11 @@ private:
 };
 
 std::unique_ptr<HorizontalPass> wide_horizontal(const Taps& taps, int channels) {
+    if (LaneHorizontal<1>::fits(taps, channels)) return std::make_unique<LaneHorizontal<1>>(taps, channels);
+    if (LaneHorizontal<2>::fits(taps, channels)) return std::make_unique<LaneHorizontal<2>>(taps, channels);
     Stretches planned;
     if (!plan_stretches(taps, channels, 4, planned)) return scalar_kernels.horizontal(taps, channels);
-    return std::make_unique<WideHorizontal>(planned, channels);
+    return std::make_unique<QuarterHorizontal>(planned, channels);
 }
 
 std::unique_ptr<VerticalPass> wide_vertical(const Taps& taps) { return std::make_unique<WideVertical>(taps); }

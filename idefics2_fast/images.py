@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -178,34 +178,60 @@ def pack_images(
     factors = _check_arguments(images, dtype, upscale, threads)
     threads = threads or _C.num_threads()
     workers = max(1, min(threads, len(images)))
-    opened = _each_image(lambda index: _open(images[index], max_pixels, limits), len(images), workers)
-    rules = {"split": split, "shortest_edge": shortest_edge, "longest_edge": longest_edge}
-    plans = _each_image(lambda index: plan_crops(*opened[index].size, upscale=factors[index], **rules), len(images))
-    crops = [crop for plan in plans for crop in plan]
-    positions = [_C.grid_positions(*crop.grid, positions_per_side, position_ids) for crop in crops]
-    ends = list(accumulate(sum(rows * columns for rows, columns in (crop.grid for crop in plan)) for plan in plans))
+    has_files = any(isinstance(image, str | bytes | os.PathLike) for image in images)
+    opened = _each_image(lambda index: _open(images[index], max_pixels, limits), len(images), workers if has_files else 1)
+    rules = split, shortest_edge, longest_edge, positions_per_side, position_ids
+    plans = _each_image(lambda index: _plan(*opened[index].size, float(factors[index]), *rules), len(images))
+    ends = list(accumulate(len(plan.positions) for plan in plans))
     patches = _buffer(out, ends, dtype)
-    in_bytes = patches.view(torch.uint8).numpy()
+    in_bytes = patches.numpy() if dtype == torch.uint8 else patches.view(torch.uint8).numpy()
 
     written: list[int] = []
 
     def write(index: int) -> None:
-        planned, part = [(crop.box, crop.size) for crop in plans[index]], in_bytes[(0, *ends)[index] : ends[index]]
+        part = in_bytes[(0, *ends)[index] : ends[index]]
         pixels = opened[index].read()
         if pixels.shape[:2] != opened[index].size:
             raise ValueError(f"the file announces {opened[index].size} pixels (height, width) and holds {pixels.shape[:2]}")
         busy = min(workers, len(images) - len(written))  # threads with images of their own; the others help here
-        _C.pack_patches(pixels, planned, part, _table(dtype), PASS_ORDER, threads=1 + threads - busy)
+        _C.pack_patches(pixels, plans[index].crops, part, _table(dtype), PASS_ORDER, 1 + threads - busy)
         written.append(index)
 
     largest_first = sorted(range(len(images)), key=lambda index: -math.prod(opened[index].size))
     _each_image(write, len(images), workers, largest_first)
+    grids = np.concatenate([np.empty((0, 2), np.int64), *(plan.grids for plan in plans)])
+    bounds = np.concatenate([[0], grids.prod(1).cumsum()])
     return PackedImages(
         patches=patches,
-        patch_positions=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *positions])),
-        images=Segments.of_lengths(rows * columns for rows, columns in (crop.grid for crop in crops)),
-        grids=torch.from_numpy(np.array([crop.grid for crop in crops], np.int64).reshape(-1, 2)),
+        patch_positions=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(plan.positions for plan in plans)])),
+        images=Segments(torch.from_numpy(bounds.astype(np.int32)), tuple(bounds.tolist())),
+        grids=torch.from_numpy(grids),
     )
+
+
+class _Plan(NamedTuple):
+    """What becomes of an image of some size: each crop's box and size as `_C` takes them, its grid, and the positions of all patches."""
+
+    crops: list[tuple[tuple[int, int, int, int], tuple[int, int]]]
+    grids: np.ndarray
+    positions: np.ndarray
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    height: int,
+    width: int,
+    upscale: float,
+    split: bool,
+    shortest_edge: int,
+    longest_edge: int,
+    positions_per_side: int,
+    position_ids: str,
+) -> _Plan:
+    crops = plan_crops(height, width, split=split, shortest_edge=shortest_edge, longest_edge=longest_edge, upscale=upscale)
+    positions = [_C.grid_positions(*crop.grid, positions_per_side, position_ids) for crop in crops]
+    grids = np.array([crop.grid for crop in crops], np.int64)
+    return _Plan([(crop.box, crop.size) for crop in crops], grids, np.concatenate(positions))
 
 
 def image_size(source: ImageSource, max_pixels: int, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -228,7 +254,7 @@ def _check_arguments(images: Any, dtype: torch.dtype, upscale: Sequence[float] |
     """The factor of up-scaling of each image."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    if isinstance(images, ImageSource):
+    if not isinstance(images, list) and isinstance(images, ImageSource):
         raise ValueError(f"images is one {type(images).__name__}, expected a list of images")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads is {threads!r}, expected 1 or more, or None")
