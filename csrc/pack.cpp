@@ -69,17 +69,25 @@ bool is_normalised(const uint8_t* table, int64_t value_bytes) {
     return true;
 }
 
-// A strip of patches: the bytes straight into place, or other values by way of a few patches' bytes.
-void write_patches(const Kernels& with, const std::vector<const uint8_t*>& strip, int channels, int64_t columns, const Values& values, uint8_t* out) {
-    if (!values.table) return with.cut(strip.data(), channels, columns, out);
+// Bytes of a whole buffer from which on they are better written past the caches.
+constexpr int64_t kLarge = 1 << 20;
+
+// A strip of patches: a few bytes straight into place, or values and many bytes by way of a few patches' bytes.
+void write_patches(const Kernels& with, const std::vector<const uint8_t*>& strip, int channels, int64_t columns, const Values& values, bool large, uint8_t* out) {
+    if (!values.table && !(large && with.copy)) return with.cut(strip.data(), channels, columns, out);
     constexpr int64_t kAtOnce = 8;
-    alignas(32) uint8_t bytes[kAtOnce * kPatchValues];
+    alignas(64) uint8_t bytes[kAtOnce * kPatchValues];
     for (int64_t column = 0; column < columns; column += kAtOnce) {
         const int64_t count = std::min(kAtOnce, columns - column);
         const uint8_t* rows[kPatchSide];
         for (int64_t y = 0; y < kPatchSide; ++y) rows[y] = strip[y] + column * kPatchSide * channels;
         with.cut(rows, channels, count, bytes);
-        with.convert(bytes, count * kPatchValues, out + column * kPatchValues * values.bytes, values);
+        uint8_t* to = out + column * kPatchValues * values.bytes;
+        if (values.table) {
+            with.convert(bytes, count * kPatchValues, to, values);
+        } else {
+            with.copy(bytes, count * kPatchValues, to);
+        }
     }
 }
 
@@ -112,7 +120,7 @@ void pack_patches(const Source& source, const std::vector<Crop>& crops, const Pa
         const int64_t columns = grids[band.crop].width;
         const auto write = [&](int64_t y, const std::vector<const uint8_t*>& strip, int channels) {
             const int64_t patch = firsts[band.crop] + y / kPatchSide * columns;
-            write_patches(with, strip, channels, columns, values, out.data + patch * kPatchValues * values.bytes);
+            write_patches(with, strip, channels, columns, values, out.patches * kPatchValues >= kLarge, out.data + patch * kPatchValues * values.bytes);
         };
         resamplers[band.crop]->run(source.crop(crops[band.crop].box), band.first * kPatchSide, band.last * kPatchSide, write);
     });

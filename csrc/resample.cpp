@@ -120,6 +120,7 @@ const Kernels scalar_kernels{
     [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<ScalarVertical>(taps); },
     scalar_cut,
     scalar_convert,
+    nullptr,
 };
 
 const Kernels& kernels() {

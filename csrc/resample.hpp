@@ -83,6 +83,9 @@ using CutPatches = void (*)(const uint8_t* const* rows, int channels, int64_t co
 // `count` bytes, and what becomes of them.
 using Convert = void (*)(const uint8_t* bytes, int64_t count, uint8_t* out, const Values& values);
 
+// As memcpy, past the caches.
+using Copy = void (*)(const uint8_t* bytes, int64_t count, uint8_t* out);
+
 // One implementation of all inner loops. All give the same bits. The taps must outlive the passes.
 struct Kernels {
     const char* name;
@@ -91,6 +94,7 @@ struct Kernels {
     std::unique_ptr<VerticalPass> (*vertical)(const Taps& taps);
     CutPatches cut;
     Convert convert;
+    Copy copy;  // null where it would not be faster
 };
 
 extern const Kernels scalar_kernels;

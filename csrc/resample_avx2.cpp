@@ -345,6 +345,7 @@ const Kernels avx2_kernels{
     [](const Taps& taps) -> std::unique_ptr<VerticalPass> { return std::make_unique<Vertical>(taps); },
     cut,
     convert,
+    nullptr,
 };
 
 }  // namespace idefics2

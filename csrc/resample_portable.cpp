@@ -96,11 +96,6 @@ Vector permute_upper(const Vector& lower, const Vector& bytes, const Vector& ord
     return make<uint8_t>([&](int i) { return i < kFrom ? lower.bytes[i] : bytes.bytes[order.bytes[i] % 64]; });
 }
 
-// 16 bytes, from integers that are cut to a byte.
-void store_as_bytes(const Vector& values, uint8_t* to) {
-    for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(std::min<uint32_t>(get<uint32_t>(values, i), 255));
-}
-
 Vector add(const Vector& a, const Vector& b) {
     return make<uint32_t>([&](int i) { return get<uint32_t>(a, i) + get<uint32_t>(b, i); });
 }
@@ -143,6 +138,7 @@ const Kernels portable_kernels{
     wide_vertical,
     [](const uint8_t* const* rows, int channels, int64_t columns, uint8_t* out) { scalar_kernels.cut(rows, channels, columns, out); },
     [](const uint8_t* bytes, int64_t count, uint8_t* out, const Values& values) { scalar_kernels.convert(bytes, count, out, values); },
+    [](const uint8_t* bytes, int64_t count, uint8_t* out) { std::memcpy(out, bytes, count); },
 };
 
 }  // namespace idefics2

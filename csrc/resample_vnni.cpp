@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "resample.hpp"
 
@@ -39,9 +40,6 @@ WIDE inline Vector permute(Vector bytes, Vector order) { return _mm512_permutexv
 template <int kFrom>
 WIDE inline Vector permute_upper(Vector lower, Vector bytes, Vector order) {
     return _mm512_mask_permutexvar_epi8(lower, ~uint64_t{0} << kFrom, order, bytes);
-}
-WIDE inline void store_as_bytes(Vector values, uint8_t* to) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(values));
 }
 WIDE inline Vector add(Vector a, Vector b) { return _mm512_add_epi32(a, b); }
 WIDE inline Vector add_dot(Vector sum, Vector bytes, Vector weights) { return _mm512_dpbusd_epi32(sum, bytes, weights); }
@@ -112,6 +110,15 @@ WIDE void convert(const uint8_t* bytes, int64_t count, uint8_t* out, const Value
     scalar_kernels.convert(bytes + done, count - done, out + sizeof(float) * done, values);
 }
 
+WIDE void copy(const uint8_t* bytes, int64_t count, uint8_t* out) {
+    const int64_t to_line = std::min<int64_t>(-reinterpret_cast<uintptr_t>(out) % 64, count);
+    std::memcpy(out, bytes, to_line);
+    int64_t done = to_line;
+    for (; done + 64 <= count; done += 64) _mm512_stream_si512(reinterpret_cast<Vector*>(out + done), load(bytes + done));
+    _mm_sfence();
+    std::memcpy(out + done, bytes + done, count - done);
+}
+
 }  // namespace
 }  // namespace idefics2
 
@@ -129,6 +136,7 @@ const Kernels vnni_kernels{
     wide_vertical,
     cut,
     convert,
+    copy,
 };
 
 }  // namespace idefics2

@@ -28,22 +28,31 @@ void push_quad(std::vector<int32_t>& quads, const int32_t* weights, int64_t coun
     for (const uint32_t digits : quad) quads.push_back(static_cast<int32_t>(digits));
 }
 
-// Running sums of 16 outputs, a digit each.
+// Sums of 16 outputs begin with a half in the highest digit's place: each digit is multiplied by 256 as the next lower one is added.
+WIDE inline Vector no_sum() { return broadcast(1 << (kWeightBits - 1 - 16)); }
+
+// The values, not yet cut to a byte: the packing instructions do that.
+WIDE inline Vector values(Vector sum) { return shift_right<kWeightBits>(sum); }
+
+// Running sums of 16 outputs, a digit each: for windows of any number of taps.
 struct Sums {
     Vector low, middle, high;
 };
 
-WIDE inline Sums no_sums() { return {broadcast(1 << (kWeightBits - 1)), broadcast(0), broadcast(0)}; }
+WIDE inline Sums no_sums() { return {broadcast(0), broadcast(0), no_sum()}; }
 
-WIDE inline void add(Sums& sums, Vector byte_quads, const int32_t* weights) {
-    sums.low = add_dot(sums.low, byte_quads, broadcast(weights[0]));
-    sums.middle = add_dot(sums.middle, byte_quads, broadcast(weights[1]));
-    sums.high = add_dot(sums.high, byte_quads, broadcast(weights[2]));
+WIDE inline void add(Sums& sums, Vector byte_quads, Vector low, Vector middle, Vector high) {
+    sums.low = add_dot(sums.low, byte_quads, low);
+    sums.middle = add_dot(sums.middle, byte_quads, middle);
+    sums.high = add_dot(sums.high, byte_quads, high);
 }
 
-// The values, not yet cut to a byte: the packing instructions do that.
+WIDE inline void add(Sums& sums, Vector byte_quads, const int32_t* weights) {
+    add(sums, byte_quads, broadcast(weights[0]), broadcast(weights[1]), broadcast(weights[2]));
+}
+
 WIDE inline Vector values(const Sums& sums) {
-    return shift_right<kWeightBits>(add(shift_left<8>(add(shift_left<8>(sums.high), sums.middle)), sums.low));
+    return values(add(shift_left<8>(add(shift_left<8>(sums.high), sums.middle)), sums.low));
 }
 
 // Where windows are far apart or rows short: a quarter of a vector is four pixels of a row, for one output of four rows.
@@ -145,22 +154,11 @@ public:
     }
 
     WIDE void run(const uint8_t* const* in, uint8_t* const* out) const override {
-        int64_t to = 0;
-        for (const Step *step = steps_.data(), *end = step + steps_.size(); step != end; to += 3 * kOutputs) {
-            Sums sums[kBlock];
-            for (Sums& row : sums) row = no_sums();
-            for (int64_t quad = 0; quad < quads_; ++quad, ++step) {
-                const Vector order = load(step->order);
-                const Vector low = load(step->weights[0]), middle = load(step->weights[1]), high = load(step->weights[2]);
-                for (int row = 0; row < kBlock; ++row) {
-                    Vector bytes = permute(load(in[row] + step->at[0]), order);
-                    if constexpr (kLoads == 2) bytes = permute_upper<12 * kFirst>(bytes, load(in[row] + step->at[1]), order);
-                    sums[row].low = add_dot(sums[row].low, bytes, low);
-                    sums[row].middle = add_dot(sums[row].middle, bytes, middle);
-                    sums[row].high = add_dot(sums[row].high, bytes, high);
-                }
-            }
-            for (int row = 0; row < kBlock; ++row) store_as_bytes(values(sums[row]), out[row] + to);
+        switch (quads_) {
+            case 1: return run_quads<1>(in, out);
+            case 2: return run_quads<2>(in, out);
+            case 3: return run_quads<3>(in, out);
+            default: return run_any(in, out);
         }
     }
 
@@ -174,6 +172,62 @@ private:
         uint8_t order[kVectorBytes];
         uint8_t weights[3][kVectorBytes];
     };
+
+    WIDE static Vector bytes_of(const Step& step, const uint8_t* row, Vector order) {
+        const Vector bytes = permute(load(row + step.at[0]), order);
+        if constexpr (kLoads == 1) return bytes;
+        return permute_upper<12 * kFirst>(bytes, load(row + step.at[kLoads - 1]), order);
+    }
+
+    template <int kQuads>
+    WIDE void run_quads(const uint8_t* const* in, uint8_t* const* out) const {
+        int64_t to = 0;
+        for (const Step *step = steps_.data(), *end = step + steps_.size(); step != end; step += kQuads, to += 3 * kOutputs) {
+            Vector bytes[kQuads][kBlock], sums[kBlock] = {no_sum(), no_sum(), no_sum(), no_sum()};
+#pragma GCC unroll 3
+            for (int quad = 0; quad < kQuads; ++quad) {
+                const Vector order = load(step[quad].order);
+#pragma GCC unroll 4
+                for (int row = 0; row < kBlock; ++row) bytes[quad][row] = bytes_of(step[quad], in[row], order);
+            }
+#pragma GCC unroll 3
+            for (int digit = 2; digit >= 0; --digit) {
+#pragma GCC unroll 3
+                for (int quad = 0; quad < kQuads; ++quad) {
+                    const Vector weights = load(step[quad].weights[digit]);
+#pragma GCC unroll 4
+                    for (int row = 0; row < kBlock; ++row) {
+                        const bool next_digit = quad == 0 && digit < 2;
+                        sums[row] = add_dot(next_digit ? shift_left<8>(sums[row]) : sums[row], bytes[quad][row], weights);
+                    }
+                }
+            }
+            store(values(sums[0]), values(sums[1]), values(sums[2]), values(sums[3]), out, to);
+        }
+    }
+
+    WIDE void run_any(const uint8_t* const* in, uint8_t* const* out) const {
+        int64_t to = 0;
+        for (const Step *step = steps_.data(), *end = step + steps_.size(); step != end; to += 3 * kOutputs) {
+            Sums sums[kBlock] = {no_sums(), no_sums(), no_sums(), no_sums()};
+            for (int64_t quad = 0; quad < quads_; ++quad, ++step) {
+                const Vector order = load(step->order);
+                const Vector low = load(step->weights[0]), middle = load(step->weights[1]), high = load(step->weights[2]);
+                for (int row = 0; row < kBlock; ++row) add(sums[row], bytes_of(*step, in[row], order), low, middle, high);
+            }
+            store(values(sums[0]), values(sums[1]), values(sums[2]), values(sums[3]), out, to);
+        }
+    }
+
+    // Packing leaves four bytes of each row in each quarter; put together, a quarter is a row.
+    WIDE static void store(Vector a, Vector b, Vector c, Vector d, uint8_t* const* out, int64_t to) {
+        alignas(kVectorBytes) static constexpr uint8_t kByRow[kVectorBytes] = {
+            0, 1, 2,  3,  16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51, 4,  5,  6,  7,  20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+            8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59, 12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63,
+        };
+        const Vector mixed = pack_bytes(pack_words(a, b), pack_words(c, d));
+        store_quarters(permute(mixed, load(kByRow)), out[0] + to, out[1] + to, out[2] + to, out[3] + to);
+    }
 
     // The input pixel of an output's tap; the last one's for taps and outputs past the end.
     static int64_t byte_of(const Taps& taps, int64_t output, int64_t tap) {
@@ -198,20 +252,51 @@ public:
         if (bytes < kVectorBytes) return narrow_->run(output, in, bytes, out);
         const int32_t* weights = weights_.data() + begins_[output];
         const int64_t taps = taps_.count(output);
-        for (int64_t at = 0; at + kVectorBytes <= bytes; at += kVectorBytes) run_bytes(weights, taps, in, at, out + at);
-        if (bytes % kVectorBytes) run_bytes(weights, taps, in, bytes - kVectorBytes, out + bytes - kVectorBytes);
+        const auto run_bytes = taps <= 4 ? run_quads<1> : taps <= 8 ? run_quads<2> : taps <= 12 ? run_quads<3> : run_any;
+        for (int64_t at = 0; at < bytes; at += kVectorBytes) {
+            const int64_t start = std::min(at, bytes - kVectorBytes);
+            run_bytes(weights, taps, in, start, out + start);
+        }
     }
 
 private:
-    WIDE static void run_bytes(const int32_t* weights, int64_t taps, const uint8_t* const* in, int64_t at, uint8_t* out) {
+    // Of four rows, the bytes of each output together.
+    struct Quads {
+        Vector of[4];
+    };
+
+    WIDE static Quads quads_of(const uint8_t* const* in, int64_t at) {
+        const Vector a = load(in[0] + at), b = load(in[1] + at), c = load(in[2] + at), d = load(in[3] + at);
+        const Vector low_ab = low_bytes(a, b), high_ab = high_bytes(a, b), low_cd = low_bytes(c, d), high_cd = high_bytes(c, d);
+        return {{low_words(low_ab, low_cd), high_words(low_ab, low_cd), low_words(high_ab, high_cd), high_words(high_ab, high_cd)}};
+    }
+
+    template <int kQuads>
+    WIDE static void run_quads(const int32_t* weights, int64_t, const uint8_t* const* in, int64_t at, uint8_t* out) {
+        Quads quads[kQuads];
+        Vector sums[4] = {no_sum(), no_sum(), no_sum(), no_sum()};
+#pragma GCC unroll 3
+        for (int quad = 0; quad < kQuads; ++quad) quads[quad] = quads_of(in + 4 * quad, at);
+#pragma GCC unroll 3
+        for (int digit = 2; digit >= 0; --digit) {
+#pragma GCC unroll 3
+            for (int quad = 0; quad < kQuads; ++quad) {
+                const Vector weight = broadcast(weights[3 * quad + digit]);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const bool next_digit = quad == 0 && digit < 2;
+                    sums[i] = add_dot(next_digit ? shift_left<8>(sums[i]) : sums[i], quads[quad].of[i], weight);
+                }
+            }
+        }
+        store(pack_bytes(pack_words(values(sums[0]), values(sums[1])), pack_words(values(sums[2]), values(sums[3]))), out);
+    }
+
+    WIDE static void run_any(const int32_t* weights, int64_t taps, const uint8_t* const* in, int64_t at, uint8_t* out) {
         Sums sums[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
         for (int64_t tap = 0; tap < taps; tap += 4, weights += 3) {
-            const Vector a = load(in[tap] + at), b = load(in[tap + 1] + at), c = load(in[tap + 2] + at), d = load(in[tap + 3] + at);
-            const Vector low_ab = low_bytes(a, b), high_ab = high_bytes(a, b), low_cd = low_bytes(c, d), high_cd = high_bytes(c, d);
-            add(sums[0], low_words(low_ab, low_cd), weights);
-            add(sums[1], high_words(low_ab, low_cd), weights);
-            add(sums[2], low_words(high_ab, high_cd), weights);
-            add(sums[3], high_words(high_ab, high_cd), weights);
+            const Quads quads = quads_of(in + tap, at);
+            for (int i = 0; i < 4; ++i) add(sums[i], quads.of[i], weights);
         }
         store(pack_bytes(pack_words(values(sums[0]), values(sums[1])), pack_words(values(sums[2]), values(sums[3]))), out);
     }
