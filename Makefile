@@ -44,10 +44,11 @@ NUMERIC_TESTS := $(filter-out %_triton.py,$(wildcard $(foreach name,$(NUMERIC),t
 test-cpus: .venv/ready ## the numeric tests as on another kind of CPU: half-precision units capped where there are any, emulated elsewhere
 	@CPU_UNITS=other $(RUN) pytest -m "not slow" $(PARALLEL) $(NUMERIC_TESTS)
 
+# Files with the longest tests begin, so that no process is left alone with one of them. Steps write when they are done.
 test-share: lint peers ## a third of what test-all has beside test, by turns, and what has changed files (SHARE=0, 1, 2, auto or all, BASE=a commit)
-	@$(RUN) pytest -m slow --share '$(SHARE)' --base '$(BASE)' $(PARALLEL) $(PYTEST_ARGS)
-	@steps=$$(.venv/bin/python tests/support/shares.py --share '$(SHARE)' --base '$(BASE)' test-oldest sanitize fuzz) && \
-		for step in $$steps; do $(MAKE) --no-print-directory $$step || exit; done
+	@$(RUN) pytest -m slow --share '$(SHARE)' --base '$(BASE)' $(PARALLEL) --no-loadscope-reorder $(PYTEST_ARGS)
+	@steps=$$(.venv/bin/python tests/support/shares.py --share '$(SHARE)' --base '$(BASE)' test-cpus test-oldest sanitize fuzz) && \
+		{ [ -z "$$steps" ] || $(MAKE) --no-print-directory --jobs 2 --output-sync=target $$steps; }
 
 CHECKS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 CHECKED := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -pthread -w $(CHECKS)

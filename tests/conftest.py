@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if config.getoption("share") != "all":
         take_share(config, items)
+    longest_first(items)
 
 
 def take_share(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,6 +65,15 @@ def take_share(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)
     config.stash[_said] = list(shares.summary(turn, taken, [item.nodeid for item in left]))
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Moves files up by the `minutes` of their longest test, for several processes to begin with."""
+    minutes: dict[Path, int] = {}
+    for item in items:
+        for mark in item.iter_markers("slow"):
+            minutes[item.path] = max(minutes.get(item.path, 0), mark.kwargs.get("minutes", 0))
+    items.sort(key=lambda item: -minutes.get(item.path, 0))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

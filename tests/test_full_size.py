@@ -80,7 +80,7 @@ def test_checkpoint_has_the_released_geometry(checkpoint):
     assert weights.stored_dtype(checkpoint).itemsize == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_loads_and_answers_within_one_copy_of_the_weights(checkpoint):
     photograph = resources.files("sklearn.datasets.images") / "china.jpg"
     command = [sys.executable, "-c", ANSWER, str(checkpoint), str(photograph), str(NEW_TOKENS)]

@@ -247,7 +247,7 @@ def test_some_steps_make_the_loss_fall(tmp_path):
 # --- learning ---
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=20)
 def test_a_reader_of_words_reads_letters_that_it_has_never_seen_together(tmp_path, monkeypatch):
     """150 words, and strings of random letters: one in eight of all strings is kept from training.
 

@@ -208,6 +208,17 @@ def test_pytest_leaves_out_what_is_of_other_shares(request: pytest.FixtureReques
     assert all(any(f"{what} of tests/test_model.py" in line and "slow_7" in line for line in said) for what in ("taken", "left"))
 
 
+def test_files_with_the_longest_tests_begin(request: pytest.FixtureRequest) -> None:
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    given = [("a", []), ("b", [{}]), ("c", [{}]), ("c", [{"minutes": 3}]), ("d", [{"minutes": 20}]), ("d", [])]
+    items = [
+        SimpleNamespace(path=Path(path), number=number, iter_markers=lambda name, marks=marks: [SimpleNamespace(kwargs=m) for m in marks])
+        for number, (path, marks) in enumerate(given)
+    ]
+    conftest.longest_first(items)
+    assert [(str(item.path), item.number) for item in items] == [("d", 4), ("d", 5), ("c", 2), ("c", 3), ("a", 0), ("b", 1)]
+
+
 def steps_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], turn: shares.Turn) -> list[str]:
     monkeypatch.setattr(shares, "turn_of", lambda *_: turn)
     monkeypatch.setattr(sys, "argv", ["shares.py", *shares.STEPS])

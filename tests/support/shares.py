@@ -33,6 +33,7 @@ ROOMS = ("kernels", "training", "benchmarks")  # packages within idefics2_fast t
 COMMON = ("constraints.txt", "tests/conftest.py")
 # Steps of `make test-all` beside pytest's, and their own files.
 STEPS = {
+    "test-cpus": ("Makefile", "tests/support/cpu_units.py"),
     "test-oldest": ("Makefile", "constraints.txt", "idefics2_fast/patching/*", "kernels/*_triton.py"),
     "sanitize": ("Makefile", "csrc/*"),
     "fuzz": ("Makefile", "csrc/*", "tests/fuzz/*"),

@@ -115,48 +115,60 @@ def test_what_a_run_leaves_behind_is_what_was_trained(corpus, tmp_path, adapter)
         assert not torch.allclose(loaded(batch), before, atol=1e-3)
 
 
-# A run of a recipe, told to end (SIGTERM) in the step after which `stop` are done.
+# Runs of a recipe one after another, each told to end (SIGTERM) in the step after which `stop` are done.
+# Ranks are forked, with the environment that torchrun gives them, so that modules are imported once.
 WORKER = """
-import json, signal, sys
+import json, os, signal, socket, sys, traceback
+import torch._dynamo, transformers, idefics2_fast.training.run
 from idefics2_fast.training import fit, instruct
-from idefics2_fast.training.trainer import Losses, Trainer
-model, data, out, changes, stop = sys.argv[1:]
+from idefics2_fast.training.trainer import Trainer
+model, data, changes, runs = sys.argv[1:]
 update = Trainer.update
-def updated(self, step):
-    if step + 1 == int(stop):
-        signal.raise_signal(signal.SIGTERM)
-    return update(self, step)
-Trainer.update = updated
-assert fit(instruct(model, data, out, **json.loads(changes))).steps == int(stop)
+
+def rank(number, out, world, stop):
+    def updated(self, step):
+        if step + 1 == stop:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, step)
+    Trainer.update = updated
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
+    assert fit(instruct(model, data, out, **json.loads(changes))).steps == stop
+
+for out, world, stop in json.loads(runs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for number in range(world):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                rank(number, out, world, stop)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
 """
 
 
-def run(corpus: Path, out: Path, world: int, stop: int, **changes) -> None:
-    recipe = recipe_of(corpus, out, **changes)
+def run(corpus: Path, runs: list[tuple[Path, int, int]], **changes) -> None:
+    """Runs of one recipe: the folder of each, its number of ranks, and the step at which it is told to end."""
+    recipe = recipe_of(corpus, runs[0][0], **changes)
     settings = {entry.name: getattr(recipe, entry.name) for entry in fields(recipe) if entry.name not in ("model", "data", "out")}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={world}",
-        "--no-python",
-        sys.executable,
-        "-c",
-        WORKER,
-    ]
-    subprocess.run(
-        [*command, recipe.model, recipe.data, str(out), json.dumps(settings), str(stop)], check=True, capture_output=True, timeout=300
+    given = [json.dumps(settings), json.dumps([(str(out), world, stop) for out, world, stop in runs])]
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, recipe.model, recipe.data, *given], capture_output=True, text=True, timeout=900, check=False
     )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one_whatever_the_world_was_before(corpus, tmp_path):
     """1 -> 2 -> 1 ranks over a resumed run, dropout and noise on, some packs without an image."""
     changes = {"packs": 4, "tokens": 120, "dropout": 0.1}
-    run(corpus, tmp_path / "one", 1, stop=6, **changes)
-    for world, stop in ((1, 2), (2, 4), (1, 6)):
-        run(corpus, tmp_path / "changing", world, stop, **changes)
+    moving = [(tmp_path / "changing", world, stop) for world, stop in ((1, 2), (2, 4), (1, 6))]
+    run(corpus, [(tmp_path / "one", 1, 6), *moving], **changes)
     one, changing = metrics(tmp_path / "one"), metrics(tmp_path / "changing")
     assert [step for step, _, _ in changing] == [1, 2, 3, 4, 5, 6]
     for (_, loss, norm), (_, other, other_norm) in zip(one, changing, strict=True):
@@ -190,7 +202,8 @@ def test_two_ranks_answer_the_rows_held_out_as_one_does(corpus, tmp_path):
     """As users start it. The first rank writes the report; the weights agree to rounding, so the greedy answers are the same."""
     shown = []
     for world in (1, 2):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "idefics2_fast.training"]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+        start = [sys.executable, *several, "-m", "idefics2_fast.training"]
         places = ["--model", corpus / "model", "--data", corpus / "data.jsonl", "--out", tmp_path / str(world)]
         flags = "--steps 3 --warmup 0 --tokens 300 --patches 400 --packs 2 --rank 4 --dtype float32 --held-out 5".split()
         subprocess.run([*start, "instruct", *map(str, places), *flags], check=True, capture_output=True, timeout=300)
