@@ -166,7 +166,7 @@ def run(corpus: Path, runs: list[tuple[Path, int, int]], **changes) -> None:
 @pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one_whatever_the_world_was_before(corpus, tmp_path):
     """1 -> 2 -> 1 ranks over a resumed run, dropout and noise on, some packs without an image."""
-    changes = {"packs": 4, "tokens": 120, "dropout": 0.1}
+    changes = {"packs": 4, "tokens": 160, "patches": 450, "dropout": 0.1}
     moving = [(tmp_path / "changing", world, stop) for world, stop in ((1, 2), (2, 4), (1, 6))]
     run(corpus, [(tmp_path / "one", 1, 6), *moving], **changes)
     one, changing = metrics(tmp_path / "one"), metrics(tmp_path / "changing")
