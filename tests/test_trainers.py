@@ -149,8 +149,8 @@ SETTINGS = {
     "as it comes": {},
     "padding on the right": {"padding_side": "right"},
     "accumulation": {"gradient_accumulation_steps": 3},
-    "reentrant checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+    "checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     "label smoothing": {"label_smoothing_factor": 0.1},
 }
 
@@ -305,7 +305,7 @@ def assert_sft_runs_alike(model: Callable[[], nn.Module], *args: Any, **settings
 SFT_SETTINGS = {
     "as it comes": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "no checkpointing": {"gradient_checkpointing": False},
+    "no checkpointing": {"activation_checkpointing": False},
     "loss of answers": {"completion_only_loss": True},
 }
 
