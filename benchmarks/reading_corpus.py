@@ -216,6 +216,11 @@ class Lessons(Sequence):
 
     WINDOW = 256
 
+    @property
+    def fingerprint(self) -> str:
+        """For a run's identity: what the rows depend on."""
+        return repr(self)
+
     def __len__(self) -> int:
         return self.rows
 
@@ -274,6 +279,11 @@ class Questions(Sequence):
     held_out: int = 0
     words: tuple[str, ...] = WORDS
     seed: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """For a run's identity: what the rows depend on."""
+        return repr(self)
 
     def __len__(self) -> int:
         return self.rows

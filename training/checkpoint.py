@@ -7,8 +7,12 @@ A checkpoint is a folder `step-00000100` of
     run.json              step, recipe hash, everything else that was to be kept, names and shapes of the tensors
     manifest              a line "<sha256>  <name>" for each file above, as `sha256sum --check manifest` reads it
 
+run.json says its `format`: 2. Format 1 had no field `format` and no identity of the run's inputs (training/identity.py); it is read.
+
 It is written aside as `.aside-step-00000100`; every file and the folder are fsynced; the folder is renamed; only then `latest`, a file
-that holds the newest folder's name, is replaced; and old checkpoints go last. Whatever moment a process dies at, `latest` names a whole
+that holds the newest folder's name, is replaced; and old checkpoints go last. A checkpoint of the same step and the new one trade places
+in one system call. On a file system without that call the old one steps aside as `.replaced-step-00000100`, and is put back after a crash
+between the two renames. Whatever moment a process dies at, `latest` names a whole
 checkpoint, and every folder with a checkpoint's name is one. No pickle is read or written: the tensors' metadata are the safetensors
 headers, the rest is JSON.
 
@@ -16,6 +20,7 @@ Host memory beside the training's: one copy of the tensors that this rank saves,
 while they are written, one file's bytes: FILE_BYTES, or the largest tensor's shard if that is more.
 """
 
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -39,25 +44,39 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
+from idefics2_fast.training.identity import Identity
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FILE_BYTES = 2**30  # a rank's file is closed at the tensor that fills it: the writer holds one file's bytes at a time
 LATEST, MANIFEST, RUN = "latest", "manifest", "run.json"
-ASIDE, OLD, STEP = ".aside-", ".old-", "step-"
+ASIDE, OLD, REPLACED, STEP = ".aside-", ".old-", ".replaced-", "step-"
+FORMAT = 2  # of run.json
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written. Those before it are untouched; the message names the newest."""
+    """A checkpoint could not be written. Those before it are untouched; the message names the newest.
+
+    Attributes:
+        full: whether the disk has no room, the same on all ranks.
+    """
+
+    full = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What was loaded: the step after which it was saved, `extra` as it was given, and why newer checkpoints (by name) were passed over."""
+    """What was loaded: the step after which it was saved, `extra` as it was given, and why newer checkpoints (by name) were passed over.
+
+    `identity` is that of the run which saved it (`Identity.record`); None in a checkpoint of format 1.
+    """
 
     step: int
     extra: dict[str, Any]
     skipped: dict[str, str]
+    identity: dict[str, Any] | None = None
 
 
 class Checkpoints:
@@ -68,14 +87,25 @@ class Checkpoints:
         recipe_hash: of the recipe that the run follows.
         keep: how many of the newest stay.
         every: checkpoints at multiples of so many steps stay for good.
+        identity: of the run; it is saved, and a checkpoint of a run with another is refused. Without
+            one the recipe's hash alone is compared.
     """
 
-    def __init__(self, folder: str | Path, recipe_hash: str, *, keep: int = 2, every: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        recipe_hash: str,
+        *,
+        keep: int = 2,
+        every: int | None = None,
+        identity: Identity | None = None,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must stay (two outlive a damaged file)")
         if every is not None and every < 1:
             raise ValueError(f"every is {every}, expected a number of steps")
         self.folder, self.recipe_hash, self.keep, self.every = Path(folder), recipe_hash, keep, every
+        self.identity = identity
         # Saving goes on in a thread beside the training, so its collectives must not meet the training's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if self._group else (0, 1)
@@ -88,8 +118,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending; not verified."""
-        names = (path.name.removeprefix(STEP) for path in self.folder.glob(f"{STEP}*"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        return committed_steps(self.folder)
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, Any], *, asynchronous: bool = True) -> None:
         """Saves `state` as that after `step` steps. Returns when it is copied: training may go on; `wait` says whether it reached the disk.
@@ -105,7 +134,9 @@ class Checkpoints:
         self.wait()
         tensors, plain = split(state)
         specs = {name: spec(tensor) for name, tensor in tensors.items()}
-        run = {"step": step, "recipe": self.recipe_hash, "extra": extra, "plain": plain, "tensors": specs}
+        run = {"format": FORMAT, "step": step, "recipe": self.recipe_hash, "extra": extra, "plain": plain, "tensors": specs}
+        if self.identity is not None:
+            run["identity"] = self.identity.record()
         record, generators = json.dumps(run).encode(), json.dumps(random_state()).encode()
         staged = self._stager.stage(tensors)
         self._pending = self._thread.submit(self._write, step, staged, record, generators)
@@ -128,19 +159,21 @@ class Checkpoints:
             before: only checkpoints of earlier steps. Later ones are removed afterwards: the run rolls back and must not find them again.
 
         Raises:
-            ValueError: no checkpoint verifies, or the newest that does is of another recipe, or has other tensors than `state`.
+            ValueError: no checkpoint verifies, or the newest that does is of another run (the message names each difference), or has
+                other tensors than `state`.
         """
         self.wait()
+        self._everywhere(self._heal, rank=0)
         skipped: dict[str, str] = {}
         steps = self._everywhere(self.steps)[0]
         for step in reversed(steps if before is None else [step for step in steps if step < before]):
             path = self.folder / folder_name(step)
             reason = self._damage(path)
             if reason is None:
-                extra = self._read(path, state)
+                run = self._read(path, state)
                 if before is not None:
                     self._everywhere(lambda step=step: self._forget_after(step), rank=0)
-                return Loaded(step, extra, skipped)
+                return Loaded(step, run["extra"], skipped, run.get("identity"))
             skipped[path.name] = reason
             log.warning("checkpoint %s is passed over: %s", path, reason)
         if skipped:
@@ -178,9 +211,13 @@ class Checkpoints:
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)  # on a full disk the next attempt needs the room
             newest = folder_name(self.steps()[-1]) if self.steps() else "none"
-            raise CheckpointError(f"saving step {step} failed: {describe(error)}; newest checkpoint in {self.folder}: {newest}") from error
+            reason = describe(error)
+            failed = CheckpointError(f"saving step {step} failed: {reason}; newest checkpoint in {self.folder}: {newest}")
+            failed.full = is_full(reason)
+            raise failed from error
 
     def _begin(self, aside: Path) -> None:
+        self._heal()
         for leftover in (*self.folder.glob(f"{ASIDE}*"), *self.folder.glob(f"{OLD}*")):
             remove(leftover)
         aside.mkdir()
@@ -198,12 +235,22 @@ class Checkpoints:
         write_file(aside / MANIFEST, manifest_of(digests))
         sync(aside)
         final = self.folder / folder_name(step)
-        if final.exists():  # damaged, or of a course that the run has left
-            discard(final)
-        os.rename(aside, final)
+        if final.exists():  # damaged, of a course that the run has left, or saved again after skipped steps
+            replace(final, aside)
+        else:
+            os.rename(aside, final)
         sync(self.folder)
         self._point_at(step)
         self._prune(step)
+
+    def _heal(self) -> None:
+        """Puts back what a crash in the middle of `replace` has left aside."""
+        for replaced in self.folder.glob(f"{REPLACED}*"):
+            final = self.folder / replaced.name.removeprefix(REPLACED)
+            if final.exists():
+                remove(replaced)
+            else:
+                os.rename(replaced, final)
 
     def _point_at(self, step: int) -> None:
         aside = self.folder / f"{ASIDE}{LATEST}"
@@ -248,9 +295,9 @@ class Checkpoints:
         return f"differs from its manifest in {', '.join(names) or 'line ends'}"
 
     def _read(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """run.json, after the tensors were read into `state`."""
         run = json.loads((path / RUN).read_bytes())
-        if run["recipe"] != self.recipe_hash:
-            raise ValueError(f"{path} was saved by recipe {run['recipe']}, and this run follows {self.recipe_hash}")
+        self._check_run(path, run)
         tensors, plain = split(state)
         for kind, saved, wanted in (
             ("tensors", run["tensors"], {name: spec(tensor) for name, tensor in tensors.items()}),
@@ -267,7 +314,16 @@ class Checkpoints:
                 holder[key] = tuple(run["plain"][name]) if isinstance(holder[key], tuple) else run["plain"][name]
         if (path / rng_name(self.rank)).exists():
             set_random_state(json.loads((path / rng_name(self.rank)).read_bytes()))
-        return run["extra"]
+        return run
+
+    def _check_run(self, path: Path, run: dict[str, Any]) -> None:
+        if (found := run.get("format", 1)) > FORMAT:
+            raise ValueError(f"{path} has format {found}, expected {FORMAT} or less: a newer version of this program saved it")
+        if self.identity is not None:
+            if differences := self.identity.differences(run, self.recipe_hash):
+                raise ValueError(f"{path} belongs to another run: {'; '.join(differences)} (expected the same; another folder starts anew)")
+        elif run["recipe"] != self.recipe_hash:
+            raise ValueError(f"{path} was saved by recipe {run['recipe']}, and this run follows {self.recipe_hash}")
 
 
 # --- what a run consists of ---
@@ -341,6 +397,12 @@ def files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 # --- files ---
 
 
+def committed_steps(folder: Path) -> list[int]:
+    """Steps of the committed checkpoints in a folder, ascending; not verified."""
+    names = (path.name.removeprefix(STEP) for path in folder.glob(f"{STEP}*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def folder_name(step: int) -> str:
     return f"{STEP}{step:08d}"
 
@@ -374,6 +436,32 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def replace(old: Path, new: Path) -> None:
+    """Puts the folder `new` in the place of `old`, and removes `old`; see the module's docstring."""
+    if exchange(old, new):
+        remove(new)
+        return
+    aside = old.with_name(f"{REPLACED}{old.name}")
+    remove(aside)
+    os.rename(old, aside)
+    os.rename(new, old)
+    remove(aside)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Lets two names trade places in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(swap)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(one))
+
+
 def discard(path: Path) -> None:
     """Removes a checkpoint; a half-removed one no longer bears a checkpoint's name."""
     old = path.with_name(f"{OLD}{path.name}")
@@ -394,3 +482,9 @@ def describe(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in sorted(error.failures.items()))
     return repr(error)
+
+
+def is_full(error: BaseException | str) -> bool:
+    """Whether an error, or its text, says that the disk has no room: libraries in other languages raise errors of their own."""
+    text = error if isinstance(error, str) else describe(error)
+    return any(os.strerror(code) in text for code in FULL)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from statistics import median
@@ -137,6 +139,10 @@ class Guard:
             self.rollbacks, self.accepted = state["rollbacks"], state["accepted"]
 
 
+class Stopped(BaseException):
+    """A signal came while nothing was under way that had to be brought to an end."""
+
+
 class Stop:
     """SIGTERM and SIGINT as a wish to end at the next step's border.
 
@@ -148,24 +154,58 @@ class Stop:
                     sys.exit(stop.exit_code)
 
     A second signal of the same kind acts as if nobody listened. torchrun kills its processes 30 s after it passed a SIGTERM on.
+    Outside of a process's main thread, where Python hands no signals on, nothing is listened to.
     """
 
     def __init__(self) -> None:
         self._received = self._agreed = 0
+        self._raises = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         while self._before:
             self._restore(next(iter(self._before)))
 
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Around what may be broken off anywhere: a signal, one received before included, raises Stopped."""
+        self._raises = True
+        try:
+            self._raise_received()
+            yield
+        finally:
+            self._raises = False
+
+    @contextmanager
+    def polite(self) -> Iterator[None]:
+        """Within `raising`, around what is to be brought to an end: signals are a wish again."""
+        self._raises = False
+        yield
+        self._raises = True
+        if not self._agreed:
+            self._raise_received()
+
+    @property
+    def received(self) -> bool:
+        """Whether this rank was signalled."""
+        return self._received > 0
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = max(self._received, number)
         self._restore(number)
+        if self._raises:
+            self._raise_received()
+
+    def _raise_received(self) -> None:
+        if self._received:
+            self._agreed = self._received
+            raise Stopped
 
     def _restore(self, number: int) -> None:
         signal.signal(number, self._before.pop(number) or signal.SIG_DFL)  # None: a handler that C code had set
@@ -183,7 +223,7 @@ class Stop:
 
 def over_ranks(row: list[float]) -> list[list[float]]:
     """The rows of all ranks, in fp64. A collective."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return [row]
     rows = torch.zeros(dist.get_world_size(), len(row), dtype=torch.float64)
     rows[dist.get_rank()] = torch.tensor(row, dtype=torch.float64)

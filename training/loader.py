@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import queue
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -166,18 +169,27 @@ class Loader:
             Packer(planner.tokens, planner.patches, max_open),
             Quarantine(*left_out),
         )
-        decoded = steps.map(self._decode)
-        self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(decoded, prefetch_buffer_size=prefetch))
+        self._iterator = _Ahead(iter(steps.map(self._decode)), prefetch)
 
     def __iter__(self) -> Iterator[Step]:
         return self
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Returns when the next step is ready, or soon after `until` is true. Signals are handled meanwhile, whatever holds the data up."""
+        self._iterator.wait(until)
 
     def __next__(self) -> Step:
         step, plan, damaged = next(self._iterator)
         for rejection in self._gather(damaged):
             self._undecoded.add(rejection)
         self._undecoded.check(plan.cursor, plan.rejected)
+        self._iterator.refill()
         return step
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step was given, in this process or before it."""
+        return self._iterator.get_state()["step"] > 0
 
     def state(self) -> dict[str, Any]:
         """What the steps after the last one given depend on, for JSON: the same on any rank of any number of ranks."""
@@ -196,9 +208,9 @@ class Loader:
         self._undecoded.restore(state["undecoded"], others=state["rejected"])
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, without waiting for one that the disk holds up."""
         self._iterator.close()
-        self._executor.shutdown(cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _decode(self, plan: _StepPlan) -> tuple[Step, _StepPlan, list[Rejection]]:
         """A step of its plan, and the samples of this rank's slice whose images are damaged."""
@@ -226,6 +238,100 @@ class Loader:
             else:
                 kept.append((document, result))
         return make_batch(kept, self.planner.processor, token_base)
+
+
+class _Ahead:
+    """The elements of a Grain iterator, made ready in a thread, each with the iterator's state behind it.
+
+    A consumer that finds an element ready never gives up the GIL for it: `refill` lets the thread go on.
+
+    Args:
+        ahead: elements that are made ready; with 0 there is no thread.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator, ahead: int) -> None:
+        self._iterator, self._ahead = iterator, ahead
+        self._state = iterator.get_state()
+        self._start()
+
+    def _start(self) -> None:
+        """Queues of their own for each thread: one that was left behind changes nothing."""
+        self._ready: queue.SimpleQueue[_Made] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._head: _Made | None = None
+        self._thread: threading.Thread | None = None
+
+    def wait(self, until: Callable[[], bool], poll: float = 0.1) -> None:
+        """Returns when an element is ready, or at most `poll` seconds after `until` is true."""
+        if not self._ahead:
+            return
+        if self._thread is None:
+            for _ in range(self._ahead):
+                self._room.put(True)
+            arguments = (self._iterator, self._ready, self._room)
+            self._thread = threading.Thread(target=_make, args=arguments, name="steps", daemon=True)
+            self._thread.start()
+        while self._head is None and not until():
+            try:
+                self._head = self._ready.get(timeout=poll)
+            except queue.Empty:
+                continue
+
+    def __next__(self) -> Any:
+        if not self._ahead:
+            element = next(self._iterator)
+            self._state = self._iterator.get_state()
+            return element
+        self.wait(lambda: False)
+        assert self._head is not None
+        if self._head.error is not None:  # it stays: what is asked for once more fails alike
+            raise self._head.error
+        element, self._state, self._head = self._head.element, self._head.state, None
+        return element
+
+    def refill(self) -> None:
+        """Makes one more element ready."""
+        self._room.put(True)
+
+    def get_state(self) -> dict[str, Any]:
+        """Behind the element given last."""
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._end()
+        if self._thread is not None:  # it must not touch the iterator any more
+            self._thread.join()
+        self._iterator.set_state(state)
+        self._state = state
+        self._start()
+
+    def close(self) -> None:
+        self._end()
+        self._iterator.close()
+
+    def _end(self) -> None:
+        """Lets the thread end behind the element that it is at."""
+        while not self._room.empty():
+            with suppress(queue.Empty):
+                self._room.get_nowait()
+        self._room.put(False)
+
+
+@dataclass(frozen=True)
+class _Made:
+    element: Any = None
+    state: dict[str, Any] | None = None
+    error: BaseException | None = None
+
+
+def _make(iterator: grain.DatasetIterator, ready: queue.SimpleQueue[_Made], room: queue.SimpleQueue[bool]) -> None:
+    """One element for each True in `room`, until there is a False or the iterator fails."""
+    while room.get():
+        try:
+            ready.put(_Made(next(iterator), iterator.get_state()))
+        except BaseException as error:
+            ready.put(_Made(error=error))
+            return
 
 
 def make_batch(documents: Sequence[tuple[Document, PackedImages | None]], processor: Processor, token_base: int = 0) -> Batch:
@@ -354,7 +460,7 @@ class _StepIterator(grain.DatasetIterator[_StepPlan]):
         return {
             "step": self._index,
             "cursor": self._cursor,
-            "open": [pack.positions for pack in self._packer.open],
+            "open": [list(pack.positions) for pack in self._packer.open],
             "rejected": dict(self._quarantine.reasons),
         }
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from idefics2_fast import Idefics2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,30 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """The result of `work` on the first rank, which alone does it; a ValueError or OSError of it is raised on all. A collective."""
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = work()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        if self.world > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """The process group that torchrun describes in the environment, or this process alone; NCCL on GPUs, gloo on CPUs."""
+    """The process group that torchrun describes in the environment, or this process alone; NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        ValueError: this process has a group already, that of another run for example.
+    """
+    if dist.is_initialized():
+        raise ValueError("this process trains already, or has a process group of its own: expected one run at a time in a process")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -91,8 +91,13 @@ class Recipe:
 
     def digest(self) -> str:
         """Hash of all that decides the numbers of a run: a checkpoint belongs to one."""
-        values = {name: value for name, value in asdict(self).items() if name not in PLACES}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_of(asdict(self))
+
+
+def hash_of(values: Mapping[str, Any]) -> str:
+    """The digest of a recipe with these values; those of PLACES do not count."""
+    counted = {name: value for name, value in values.items() if name not in PLACES}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def instruct(model: str | Path, data: str | Path, out: str | Path, **changes: Any) -> Recipe:

@@ -66,6 +66,11 @@ class Source(ABC):
         """The sample of a row. Raises ValueError, without the place."""
 
     @property
+    def parts(self) -> Sequence[Source]:
+        """The sources that this one is made of; none where it reads rows itself."""
+        return ()
+
+    @property
     def blocks(self) -> np.ndarray:
         """int64 [B], lengths of the runs of rows that are cheap to read together; ones where any row is."""
         return np.ones(len(self), dtype=np.int64)
@@ -426,6 +431,11 @@ class Rows(Source):
             rows = _undecoded(rows, note)
         self._rows, self._note = rows, note
 
+    @property
+    def fingerprint(self) -> str | None:
+        """What the sequence says its rows depend on, if it does; see `training/identity.py`."""
+        return getattr(self._rows, "fingerprint", None)
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -483,6 +493,10 @@ class First(Source):
     def __init__(self, source: Source, rows: int) -> None:
         self._source, self._rows = source, rows
 
+    @property
+    def parts(self) -> Sequence[Source]:
+        return (self._source,)
+
     def __len__(self) -> int:
         return self._rows
 
@@ -525,6 +539,10 @@ class Chain(Source):
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
         self._starts = [0, *accumulate(len(source) for source in sources)]
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        return self._sources
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -594,6 +612,10 @@ class Joined(Source):
 
     def __init__(self, source: Source, groups: Sequence[Sequence[int]]) -> None:
         self._source, self._groups = source, groups
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        return (self._source,)
 
     def __len__(self) -> int:
         return len(self._groups)
