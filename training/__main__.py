@@ -9,13 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from idefics2_fast.cli import Parser, print_table, run_command
+from idefics2_fast.cli import PROGRAM, Parser, print_table, run_command
 from idefics2_fast.config import NAMED, Idefics2Config
 from idefics2_fast.training.plan import CARD, PEAK_FLOPS, Plan, count_trained, plan, too_large
 from idefics2_fast.training.recipe import RECIPES, Recipe, table
 
+if TYPE_CHECKING:
+    from idefics2_fast.training.run import Fitted
+
+NOT_SAVED = 74  # sysexits.h's EX_IOERR
+SIGNALLED = (75, 130)
 MODULE = "python -m idefics2_fast.training"
 
 EXAMPLES = """
@@ -31,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; see `idefics2_fast.cli.main`.
 
     Returns:
-        The exit code: 0; 1 where the guard stopped the run; 2 after a mistake; 75 after SIGTERM, when the same command goes on.
+        The exit code: 0; 1 where the guard stopped the run; 2 after a mistake; 74 where a checkpoint could not be saved; 75 after
+        SIGTERM, when the same command goes on; 130 after Ctrl-C.
     """
     return run_command(lambda: _parse(sys.argv[1:] if argv is None else argv))
 
@@ -55,6 +61,7 @@ def _add_train(command: argparse.ArgumentParser, recipe: str) -> None:
     command.add_argument(
         "--check", action="store_true", help="look at every row first, decode its images, and train only if all can be used"
     )
+    command.add_argument("--wait-for-room", action="store_true", help="on a full disk wait for room, and do not end with exit code 74")
     for name in ("model", "data", "out"):
         command.add_argument(f"--{name}", required=True, metavar="PATH", help=_field(name).metadata["note"])
 
@@ -109,9 +116,9 @@ def _recipe_of(arguments: argparse.Namespace, name: str, **places: str) -> Recip
 
 def _train(arguments: argparse.Namespace, name: str) -> int:
     recipe = _recipe_of(arguments, name)
+    from idefics2_fast.training.checkpoint import CheckpointError, is_full
     from idefics2_fast.training.guard import GuardError
     from idefics2_fast.training.loader import TooManyRejections
-    from idefics2_fast.training.report import REPORT
     from idefics2_fast.training.run import fit
 
     first = int(os.environ.get("RANK", 0)) == 0
@@ -120,18 +127,31 @@ def _train(arguments: argparse.Namespace, name: str) -> int:
     if first:
         print(table(recipe), flush=True)
     try:
-        result = fit(recipe)
+        result = fit(recipe, wait_for_room=True) if arguments.wait_for_room else fit(recipe)
     except TooManyRejections as error:  # a list, line by line
         print(error, file=sys.stderr)
         return 2
     except GuardError as error:
         print(error, file=sys.stderr)
         return 1
+    except Exception as error:
+        if not (isinstance(error, CheckpointError) or is_full(error)) or arguments.debug:
+            raise
+        if first:
+            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return NOT_SAVED
     if first:
-        report = "" if result.exit_code else f", {Path(recipe.out) / REPORT}"
-        loss = "there was nothing left to do" if math.isnan(result.loss) else f"loss {result.loss:.4f}"
-        print(f"{result.steps} steps, {loss}; {result.weights}{report}", flush=True)
+        print(_ended(recipe, result), flush=True)
     return result.exit_code
+
+
+def _ended(recipe: Recipe, result: Fitted) -> str:
+    loss = "" if math.isnan(result.loss) else f", loss {result.loss:.4f}"
+    if result.exit_code:
+        return f"stopped by a signal after {result.steps} steps{loss}; {result.weights}; the same command goes on"
+    from idefics2_fast.training.report import REPORT
+
+    return f"{result.steps} steps{loss or ', there was nothing left to do'}; {result.weights}, {Path(recipe.out) / REPORT}"
 
 
 def _check(recipe: Recipe, shown: bool) -> int:
@@ -196,5 +216,14 @@ def _rows(planned: Plan, recipe: Recipe, config: Idefics2Config, arguments: argp
     ]
 
 
+def end(code: int) -> NoReturn:
+    """Ends the process; after a signal without waiting for threads that a slow disk holds up: all that counts is saved."""
+    if code in SIGNALLED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ import torch.distributed as dist
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+ECHO = 5.0  # seconds
 REQUEUE = 75  # sysexits.h's EX_TEMPFAIL: "try again later". The run saved and ended because it was told to; start the same command again.
 
 
@@ -153,7 +156,8 @@ class Stop:
                     checkpoints.save(..., asynchronous=False)
                     sys.exit(stop.exit_code)
 
-    A second signal of the same kind acts as if nobody listened. torchrun kills its processes 30 s after it passed a SIGTERM on.
+    A second signal of the same kind acts as if nobody listened. Under torchrun only one that comes ECHO seconds later does: torchrun passes
+    on what the processes have received already, and ends those that are left when one has ended. It kills them 30 s after its signal.
     Outside of a process's main thread, where Python hands no signals on, nothing is listened to.
     """
 
@@ -161,6 +165,7 @@ class Stop:
         self._received = self._agreed = 0
         self._raises = False
         self._before: dict[int, Any] = {}
+        self._noted: dict[int, float] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -197,8 +202,14 @@ class Stop:
         return self._received > 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        first = self._noted.setdefault(number, time.monotonic())
+        echo = "TORCHELASTIC_RUN_ID" in os.environ
+        if echo and first < time.monotonic() - ECHO:
+            self._restore(number)
+            signal.raise_signal(number)
         self._received = max(self._received, number)
-        self._restore(number)
+        if not echo:
+            self._restore(number)
         if self._raises:
             self._raise_received()
 

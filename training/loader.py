@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import sys
 import threading
@@ -31,6 +32,8 @@ from idefics2_fast.training.sources import Rejection, Source
 absl_logging.get_absl_logger().addFilter(lambda record: "jax profiler" not in record.getMessage())
 
 import grain  # noqa: E402
+
+log = logging.getLogger(__name__)
 
 REPORTED = 20
 PROBED = 512
@@ -103,9 +106,13 @@ class Quarantine:
             raise TooManyRejections(f"{len(reasons)} of {seen} samples cannot be used, expected at most {limit}:\n{listed}{more}")
 
     def _write(self, reasons: Mapping[str, str], mode: str) -> None:
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             with self.path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in reasons.items())
+        except OSError as error:  # no room: the checkpoints hold the list, too
+            log.warning("%s cannot be written: %s", self.path, error.strerror)
 
 
 class Loader:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
@@ -37,6 +38,7 @@ CHARTS = (
     (("fill_tokens", "fill_patches"), "Fill of the packs", "share of the capacity"),
     (("data_wait",), "Data wait", "share of a step"),
 )
+SUMMED = ("step", "tokens", "images", "seconds", "data_wait", "memory_bytes")  # what each line of metrics has
 NAMES = {"fill_tokens": "tokens", "fill_patches": "patches"}
 
 
@@ -65,11 +67,22 @@ def answer_rows(recipe: Recipe, weights: Path, source: Source, device: torch.dev
         load_adapters(model, weights)
     processor = Processor.from_pretrained(recipe.model)  # the folder of an adapter does not say how many positions there are
     rows = range(len(source) - recipe.held_out, len(source))
-    return [source.attempt(row, lambda sample: _answer(model, processor, sample)) for row in rows]
+    return [_attempt(source, row, lambda sample: _answer(model, processor, sample)) for row in rows]
+
+
+def _attempt(source: Source, row: int, answer: Callable[[Sample], Answer]) -> Answer | Rejection:
+    """The answer to a row. Whatever it raises costs this row its place in the report, and nothing else: the run is over."""
+    try:
+        return source.attempt(row, answer)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Rejection(source.key(row), f"{source.place(row)}: {reason}")
 
 
 def _answer(model: Idefics2, processor: Processor, sample: Sample) -> Answer:
-    first = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
+    first = next((index for index, turn in enumerate(sample.turns) if turn.role == "assistant"), None)
+    if first is None:
+        raise ValueError("the row has no answer, expected a turn of the assistant")
     pieces = [piece for turn in sample.turns[:first] for piece in turn.pieces]
     images = sample.images[: pieces.count(None)]
     messages = [{"role": turn.role, "content": [_content(piece) for piece in turn.pieces]} for turn in sample.turns[:first]]
@@ -99,12 +112,15 @@ def _thumbnail(reference: ImageReference) -> bytes:
 
 def write_report(folder: Path, recipe: Recipe, answers: Sequence[Answer | Rejection] = ()) -> Path:
     """Writes the report of the run in a folder from its lines of metrics and events; returns the file."""
-    records = _lines(folder / METRICS)
+    records, bad_records = _lines(folder / METRICS, _is_record)
+    events, bad_events = _lines(folder / EVENTS, _is_event)
     parts = [
         _summary(records),
+        _unread(METRICS, bad_records),
         *(_chart(records, *chart) for chart in CHARTS),
         _answers(answers),
-        _events(_lines(folder / EVENTS)),
+        _events(events),
+        _unread(EVENTS, bad_events),
         _table(recipe),
     ]
     path = folder / REPORT
@@ -112,8 +128,43 @@ def write_report(folder: Path, recipe: Recipe, answers: Sequence[Answer | Reject
     return path
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def _lines(path: Path, is_whole: Callable[[Any], bool]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a file of JSON lines, and the numbers of the lines that hold none: a crash or a full disk has cut them."""
+    records, bad = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if is_whole(value):
+            records.append(value)
+        else:
+            bad.append(number)
+    return records, bad
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is a line of metrics: those numbers that the summary needs, others where they are."""
+    if not isinstance(value, dict) or not all(_is_number(value.get(name)) for name in SUMMED):
+        return False
+    return value["seconds"] > 0 and all(entry is None or _is_number(entry) for entry in value.values())
+
+
+def _is_event(value: Any) -> bool:
+    return isinstance(value, dict) and _is_number(value.get("step")) and isinstance(value.get("event"), str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unread(name: str, bad: Sequence[int]) -> str:
+    if not bad:
+        return ""
+    shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+    return f"<p>{len(bad)} of the lines of {name} cannot be read and are left out: {shown}.</p>"
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> str:
@@ -123,7 +174,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
     tokens, images = (sum(record[name] for record in records) for name in ("tokens", "images"))
     figures = [
         ("steps", f"{last['step']:,}"),
-        ("last loss", figure(last["loss"])),
+        ("last loss", figure(last.get("loss"))),
         ("tokens", f"{tokens:,}"),
         ("images", f"{images:,}"),
         ("tokens/s", figure(tokens / seconds)),
@@ -132,7 +183,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
         ("peak memory", f"{max(record['memory_bytes'] for record in records) / 1e9:.2f} GB"),
     ]
     if "mfu" in last:
-        figures.append(("MFU", f"{sum(record['mfu'] * record['seconds'] for record in records) / seconds:.1%}"))
+        figures.append(("MFU", f"{sum((record.get('mfu') or 0) * record['seconds'] for record in records) / seconds:.1%}"))
     return facts(figures)
 
 

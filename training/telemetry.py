@@ -2,12 +2,15 @@
 
 metrics.jsonl   a line for each step that counts, flushed; cut back when the run goes back, so that no step stands in it twice
 events.jsonl    skipped steps, rollbacks, resumes: appended, never cut
+
+A full disk ends no step: lines that found no room are written with the next that does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import resource
@@ -16,12 +19,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
@@ -69,8 +75,8 @@ class Telemetry:
         self._sinks: list[Sink] = []
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            cut_back(self.folder / METRICS, step)
-            self._lines = open(self.folder / METRICS, "a", encoding="utf-8")
+            self._metrics, self._events = Lines(self.folder / METRICS), Lines(self.folder / EVENTS)
+            self._metrics.cut_back(step)
             self._sinks = [SINKS[name](self.folder, config or {}, step) for name in sinks]
 
     def __enter__(self) -> Telemetry:
@@ -107,8 +113,7 @@ class Telemetry:
         record |= {"memory_bytes": peak_memory()} | more
         self._last, self._waited, self._since = step, 0.0, now
         if self._writes:
-            self._lines.write(json_line(record))
-            self._lines.flush()
+            self._metrics.append(record)
             for sink in self._sinks:
                 sink.log(step, {key: value for key, value in record.items() if key != "step"})
             self._show(record)
@@ -122,41 +127,89 @@ class Telemetry:
     def event(self, step: int, kind: str, **fields: Any) -> None:
         """Notes what is no step: `fields` are JSON, the samples of a skipped step for example."""
         if self._writes:
-            with open(self.folder / EVENTS, "a", encoding="utf-8") as file:
-                file.write(json_line({"time": time.time(), "step": step, "event": kind} | fields))
+            self._events.append({"time": time.time(), "step": step, "event": kind} | fields)
 
     def rewind(self, step: int) -> None:
         """The run goes back to the state after `step`: what was recorded of later steps is removed."""
         self._last, self._waited, self._since = step, 0.0, time.perf_counter()
         if self._writes:
-            cut_back(self.folder / METRICS, step)
+            self._metrics.cut_back(step)
             for sink in self._sinks:
                 sink.rewind(step)
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
         self._bar.close()
-        if self._writes:
-            self._lines.close()
         for sink in self._sinks:
             sink.close()
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Cuts a file of JSON lines before the first that is later than `step` or that a crash left unfinished."""
-    if not path.exists():
-        return
-    kept = 0
-    with open(path, "rb") as file:
-        for line in file:
+class Lines:
+    """A file of JSON lines that grows, or that waits in memory while its disk has no room.
+
+    A line that a crash cut short is ended before the next, so that it costs no other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._unwritten: list[dict[str, Any]] = []
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._unwritten.append(record)
+        try:
+            append_to(self.path, "".join(map(json_line, self._unwritten)).encode())
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                log.warning("%s cannot be written: %s; its lines wait in memory", self.path, error.strerror)
+        else:
+            self._unwritten = []
+
+    def cut_back(self, step: int) -> None:
+        """Removes lines of steps later than `step`, and those that are no record of a step."""
+        self._unwritten = [record for record in self._unwritten if record["step"] <= step]
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+        begin = [line for line, other in takewhile(lambda pair: pair[0] is pair[1], zip(lines, kept, strict=False))]
+        if len(begin) < len(kept):
+            aside = self.path.with_name(f"{self.path.name}.aside")
             try:
-                whole = line.endswith(b"\n") and json.loads(line)["step"] <= step
-            except ValueError:
-                whole = False
-            if not whole:
-                break
-            kept += len(line)
-    os.truncate(path, kept)
+                aside.write_bytes(b"".join(kept))
+                os.replace(aside, self.path)
+                return
+            except OSError as error:  # no room: what stands before the gap needs none
+                aside.unlink(missing_ok=True)
+                log.warning("%s loses the lines behind a damaged one: %s", self.path, error.strerror)
+        if len(begin) < len(lines):
+            os.truncate(self.path, sum(map(len, begin)))
+
+
+def append_to(path: Path, data: bytes) -> None:
+    """Appends all of `data` on a line of its own, or nothing.
+
+    Raises:
+        OSError: no room, for example; the file is as long as it was.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            data = b"\n" + data
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def json_line(record: dict[str, Any]) -> str:

@@ -413,3 +413,55 @@ def _generators() -> Iterator[None]:
     before = checkpoint.random_state()
     yield
     checkpoint.set_random_state(before)
+
+
+# --- a step that is saved again ---
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("swaps", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("call", range(8))
+def test_a_step_saved_again_is_there_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool, call: int) -> None:
+    """The only checkpoint is saved again and the process dies before any call that moves a name: the old or the new one loads."""
+    first = Checkpoints(tmp_path, "recipe", keep=1)
+    first.save(1, state(1), {"cursor": 1}, asynchronous=False)
+    calls = 0
+
+    def then(whole):
+        def counted(*arguments, **others):
+            nonlocal calls
+            calls += 1
+            if swaps:
+                assert whole_in(tmp_path)
+            if calls > call:
+                raise Killed
+            return whole(*arguments, **others)
+
+        return counted
+
+    if not swaps:
+        monkeypatch.setattr(checkpoint, "exchange", lambda *_: False)
+    with monkeypatch.context() as patched:
+        for holder, name in ((os, "rename"), (os, "replace"), (checkpoint, "remove"), (checkpoint, "sync")):
+            patched.setattr(holder, name, then(getattr(holder, name)))
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # nothing is tidied after a death
+        try:
+            first.save(1, state(1), {"cursor": 1, "again": True}, asynchronous=False)
+        except Killed:
+            pass
+    again = Checkpoints(tmp_path, "recipe", keep=1)
+    target = state(-1)
+    loaded = again.load(target)
+    assert loaded.step == 1
+    assert loaded.extra in ({"cursor": 1}, {"cursor": 1, "again": True})
+    assert str(target) == str(state(1))
+    again.save(2, state(2), {"cursor": 2}, asynchronous=False)
+    assert_loads(again, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def whole_in(folder: Path) -> bool:
+    return whole(folder / (folder / "latest").read_text().strip())

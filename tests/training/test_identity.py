@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from support.checkpoints import make_format_1
 from support.corpus import mixed_rows, picture, write_jsonl
 
 from idefics2_fast import Idefics2, Idefics2Config, Processor
@@ -194,18 +195,6 @@ def checkpoints_of(recipe: Recipe, **inputs: dict) -> Checkpoints:
 
 def save(recipe: Recipe) -> None:
     checkpoints_of(recipe).save(1, {"x": torch.zeros(2)}, {}, asynchronous=False)
-
-
-def make_format_1(folder: Path) -> None:
-    """Rewrites a checkpoint as versions before the identity did."""
-    from idefics2_fast.training import checkpoint
-
-    run = json.loads((folder / "run.json").read_text())
-    run.pop("format")
-    run.pop("identity")
-    (folder / "run.json").write_text(json.dumps(run))
-    names = [path.name for path in folder.iterdir() if path.name != "manifest"]
-    (folder / "manifest").write_bytes(checkpoint.manifest_of({name: checkpoint.digest(folder / name) for name in names}))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

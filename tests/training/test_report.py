@@ -16,7 +16,8 @@ from support.browser import CHROMIUM, Page, drawn
 from idefics2_fast.training import page, report
 from idefics2_fast.training.recipe import instruct
 from idefics2_fast.training.report import Answer, write_report
-from idefics2_fast.training.sources import Rejection
+from idefics2_fast.training.samples import Sample, Turn
+from idefics2_fast.training.sources import Rejection, open_source
 
 RECIPE = instruct("a <model>", "data.jsonl", "out", rank=8)
 
@@ -90,6 +91,62 @@ def test_long_runs_are_averaged_and_short_ones_are_points(tmp_path):
     assert write_report(tmp_path, RECIPE).read_text().count("<circle") == 7
     (tmp_path / "metrics.jsonl").unlink()
     assert "No step was done" in write_report(tmp_path, RECIPE).read_text()
+
+
+TORN = [b'{"step": 3, "lo', b"\0\0\0", b"\xff\xfe", b"5", b"[]", b"{}", b'{"step": null}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("torn", TORN, ids=range(len(TORN)))
+def test_a_torn_line_costs_itself(tmp_path, name, torn):
+    write_metrics(tmp_path, 6)
+    event = json.dumps({"time": 0.0, "step": 2, "event": "skip", "reason": "no number"})
+    (tmp_path / "events.jsonl").write_text(f"{event}\n" * 3)
+    lines = (tmp_path / name).read_bytes().splitlines(keepends=True)
+    lines[1] = torn + b"\n"
+    (tmp_path / name).write_bytes(b"".join(lines)[:-2])  # the last one, too
+    text = write_report(tmp_path, RECIPE).read_text()
+    assert f"2 of the lines of {name} cannot be read and are left out: 2, {len(lines)}." in text
+    assert text.count("no number") == (1 if name == "events.jsonl" else 3)
+    assert "<svg" in text
+
+
+def test_a_line_without_a_number_is_read(tmp_path):
+    write_metrics(tmp_path, 3)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records[2]["loss"] = records[1]["grad_norm"] = None
+    records[0].pop("lr")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = write_report(tmp_path, RECIPE).read_text()
+    assert "not finite" in text
+    assert "cannot be read" not in text
+
+
+@pytest.mark.parametrize("row", ["missing", "damaged", "no answer", "anything"])
+def test_a_row_held_out_that_fails_costs_its_line(tmp_path, monkeypatch, row):
+    talk = [{"user": "?", "assistant": "!"}]
+    (tmp_path / "damaged.png").write_bytes(jpeg()[:40])
+    bad = {"missing": {"images": [str(tmp_path / "gone.png")], "texts": talk}, "damaged": {"images": [str(tmp_path / "damaged.png")]}}
+    bad |= {"no answer": {"messages": [{"role": "user", "content": "?"}]}, "anything": {"texts": talk}}
+    source = open_source([{"texts": talk}, {"texts": talk} | bad[row], {"texts": talk}])
+
+    def answer(model, processor, sample):
+        if row == "anything" and sample.key == "1":
+            raise RecursionError
+        list(map(report._thumbnail, sample.images))
+        return Answer("?", "!", "!", ())
+
+    if row != "no answer":
+        monkeypatch.setattr(report, "_answer", answer)
+    else:
+        (sample,) = [Sample("1", (Turn("user", ("?",)),))]
+        with pytest.raises(ValueError, match="no answer"):
+            report._answer(None, None, sample)
+        return
+    answers = [report._attempt(source, number, lambda sample: report._answer(None, None, sample)) for number in range(3)]
+    assert [type(each).__name__ for each in answers] == ["Answer", "Rejection", "Answer"]
+    assert "row 1: " in answers[1].reason
+    assert "1 of 2" not in write_report(tmp_path, RECIPE, answers).read_text()
 
 
 @pytest.mark.slow
