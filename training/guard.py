@@ -142,8 +142,8 @@ class Guard:
             self.rollbacks, self.accepted = state["rollbacks"], state["accepted"]
 
 
-class Stopped(BaseException):
-    """A signal came while nothing was under way that had to be brought to an end."""
+class Stopped(KeyboardInterrupt):
+    """A signal came while nothing was under way that had to be brought to an end. No handler of errors may keep it."""
 
 
 class Stop:
