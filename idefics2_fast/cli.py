@@ -6,6 +6,7 @@ torch and the engine are imported when the arguments are known to be good: help 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from idefics2_fast.config import NAMED, Idefics2Config
 if TYPE_CHECKING:
     import torch
 
-    from idefics2_fast import Batch, Processor
+    from idefics2_fast import Batch, Idefics2, Processor
 
 PROGRAM = "idefics2-fast"
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value
@@ -50,10 +51,12 @@ EXAMPLES = {
   {PROGRAM} generate --model path/to/checkpoint --image photo.jpg --prompt "What is in this picture?"
   {PROGRAM} generate --model path/to/checkpoint --image left.png right.png --split --prompt "What differs?" \\
       --max-new-tokens 200 --temperature 0.7 --top-p 0.9 --seed 1
+  {PROGRAM} generate --model path/to/checkpoint --adapter runs/a/adapter --image photo.jpg --prompt "What is this?"
   {PROGRAM} generate --model path/to/checkpoint --image photo.jpg --raw --prompt "<image>A photograph of" --stop "." --json""",
     "convert": f"""
   {PROGRAM} convert --model path/to/checkpoint --out path/to/result --dtype bfloat16
-  {PROGRAM} convert --model path/to/checkpoint --out path/to/result --max-shard-size 2GB""",
+  {PROGRAM} convert --model path/to/checkpoint --out path/to/result --max-shard-size 2GB
+  {PROGRAM} convert --model path/to/checkpoint --adapter runs/a/adapter --out path/to/merged""",
     "train": f"""
   {PROGRAM} train instruct --help""",
     "plan": f"""
@@ -86,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(parse: Callable[[], argparse.Namespace]) -> int:
     """Runs what arguments name: their `run`, which may return an exit code. A mistake is one line on stderr; see `main`."""
     debug, code = False, 0
+    _show_anything()
     try:
         arguments = parse()
         debug = arguments.debug
@@ -102,6 +106,13 @@ def run_command(parse: Callable[[], argparse.Namespace]) -> int:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return code
+
+
+def _show_anything() -> None:
+    """Escapes what a terminal that is not UTF-8 cannot show: an answer is never cut."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 # --- arguments ---
@@ -148,10 +159,28 @@ def _add_info(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--model", metavar="DIR|ID", help="a checkpoint: its folder, or its name on the Hugging Face hub")
     which.add_argument("--size", choices=NAMED, help="a named size, without a checkpoint")
+    _add_revision(command)
+
+
+def _add_revision(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", metavar="NAME", help="branch, tag or commit, of a model on the hub")
+
+
+def _add_adapter(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help=f"an adapter in PEFT's format, {what}; several are applied one after another",
+    )
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, metavar="DIR|ID", help="a checkpoint: its folder, or its name on the Hugging Face hub")
+    _add_revision(command)
+    _add_adapter(command, "applied to the model")
     command.add_argument("--prompt", required=True, type=_text, metavar="TEXT")
     command.add_argument(
         "--image", nargs="+", action="extend", default=[], metavar="FILE", help="images, in the order of the prompt's marks"
@@ -164,13 +193,35 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--split", action=argparse.BooleanOptionalAction, help="images as four quarters and the whole (default: the checkpoint's)"
     )
-    command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default); above it, tokens are drawn")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that reach P together")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    command.add_argument("--stop", type=_text, nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end the answer")
+    own = "default: the checkpoint's generation_config.json"
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{own}, or 64")
     command.add_argument(
-        "--bad-word", type=_text, action="append", default=[], metavar="TEXT", help="never completed; can be given several times"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"0 is greedy; above it, tokens are drawn ({own}, or 0)",
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help=f"draw from the likeliest tokens that reach P together ({own}, or 1)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--stop",
+        type=_text,
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help=f"texts that end the answer ({own})",
+    )
+    command.add_argument(
+        "--bad-word",
+        type=_text,
+        action="append",
+        metavar="TEXT",
+        help=f"a text that does not appear; can be given several times ({own})",
     )
     command.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     command.add_argument("--device", type=_device_name, metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -179,6 +230,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, metavar="DIR|ID", help="the checkpoint to read")
+    _add_revision(command)
+    _add_adapter(command, "merged into the weights")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
     command.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     command.add_argument(
@@ -219,7 +272,7 @@ def _info(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         from idefics2_fast.weights import resolve_checkpoint
 
-        config = Idefics2Config.from_hf(resolve_checkpoint(arguments.model, weights=False))
+        config = Idefics2Config.from_hf(resolve_checkpoint(arguments.model, arguments.revision, weights=False))
     elif arguments.size is not None:
         config = Idefics2Config.named(arguments.size)
     print_table(_machine())
@@ -354,20 +407,19 @@ class _Clock:
 def _generate(arguments: argparse.Namespace) -> None:
     """All that can be wrong with the prompt and the images comes to light before the weights are read."""
     clock = _Clock()
-    import torch
-
     from idefics2_fast import Idefics2, Processor
     from idefics2_fast.weights import resolve_checkpoint
 
     device = _find_device(arguments.device)
-    folder = resolve_checkpoint(arguments.model)
+    _check_adapters(arguments.adapter)
+    folder = resolve_checkpoint(arguments.model, arguments.revision)
     processor = Processor.from_pretrained(folder, split_images=arguments.split)
     clock.lap("load")
     batch = _batch(processor, arguments)
     clock.lap("prepare")
-    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with _progress("reading weights") as progress:
-        model = Idefics2.from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        model = Idefics2.from_pretrained(folder, dtype=arguments.dtype, device=device, progress=progress)
+    _apply_adapters(model, arguments.adapter)
     clock.lap("load")
     stream, finish = _Stream(clock, shown=not arguments.json), "interrupted"
     try:
@@ -387,6 +439,23 @@ def _generate(arguments: argparse.Namespace) -> None:
         if stream.tokens:
             result = {"tokens": stream.tokens, "text": stream.text, "finish": finish, "seconds": clock.seconds}
             print(json.dumps(result) if arguments.json else "", flush=True)
+
+
+def _check_adapters(folders: Sequence[Path]) -> None:
+    """Before the weights are read."""
+    for folder in folders:
+        if not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"no adapter at {folder}: expected adapter_config.json and adapter_model.safetensors")
+
+
+def _apply_adapters(model: Idefics2, folders: Sequence[Path], *, merge: bool = False) -> None:
+    """Loads adapters, each on the model that the ones before it have made; the last one is merged only if asked for."""
+    from idefics2_fast import load_adapters, merge_adapters
+
+    for folder in folders:
+        load_adapters(model, folder)
+        if merge or folder is not folders[-1]:
+            merge_adapters(model)
 
 
 def _find_device(name: str | None) -> torch.device:
@@ -426,26 +495,41 @@ def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    import torch
-
     from idefics2_fast import Idefics2, weights
 
-    source, out = weights.resolve_checkpoint(arguments.model), arguments.out
+    _check_adapters(arguments.adapter)
+    source, out = weights.resolve_checkpoint(arguments.model, arguments.revision), arguments.out
     existing = [name for name in ("config.json", weights.SINGLE_FILE, weights.INDEX_FILE) if (out / name).exists()]
     if out.exists() and (not out.is_dir() or out.samefile(source)):
         raise ValueError(f"cannot write to {out}: expected a folder other than the one that is read")
     if existing and not arguments.force:
         raise ValueError(f"{out} holds a checkpoint ({existing[0]}): give another folder, or --force to overwrite it")
-    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    _check_processor(source)
     with _progress("reading weights") as progress:
-        model = Idefics2.from_pretrained(source, dtype=dtype, progress=progress)
+        model = Idefics2.from_pretrained(source, dtype=arguments.dtype, progress=progress)
+    _apply_adapters(model, arguments.adapter, merge=True)
     with _progress("writing weights") as progress:
-        weights.save_checkpoint(model.hf_tensors(), model.config.to_hf(), out, max_shard_size=arguments.max_shard_size, progress=progress)
+        weights.save_checkpoint(
+            model.hf_tensors(),
+            model.config.to_hf(),
+            out,
+            generation=model.generation_config,
+            max_shard_size=arguments.max_shard_size,
+            progress=progress,
+        )
     others = {path for pattern in weights.HUB_PATTERNS for path in source.glob(pattern) if path.suffix != ".safetensors"}
     for path in sorted(others - {source / "config.json", source / weights.INDEX_FILE}):
         shutil.copy(path, out)
     size = counters.count_parameters(model.config).total * model.dtype.itemsize
     print(f"{out}: {_bytes(size)} in {str(model.dtype).removeprefix('torch.')}")
+
+
+def _check_processor(folder: Path) -> None:
+    """A checkpoint may come without a processor, but not with one that cannot be read."""
+    from idefics2_fast import Processor
+
+    if any(folder.glob("*tokenizer*")) or any(folder.glob("*processor_config.json")):
+        Processor.from_pretrained(folder)
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from idefics2_fast.json_files import OBJECT, Field, either, listed, optional, read_object, real, short, whole
 
 logger = logging.getLogger("idefics2_fast")
 
 # The released config.json gives the perceiver no eps. The model was trained with the text model's 1e-5.
 TRAINED_PERCEIVER_EPS = 1e-5
+
+# What sizes may be: each a hundred times what such models have, and small enough that products of all fit 64 bits.
+WIDTH, DEPTH, HEADS = whole(1, 2**20), whole(1, 2**12), whole(1, 2**12)
+EPS = real(0.0, 1.0)
+TOKEN_ID = whole(0, 2**31 - 1)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -20,23 +26,49 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-@dataclass(frozen=True)
-class VisionConfig:
-    """SigLIP at native resolution (NaViT): `image_size` is the side of the position table in pixels, not a limit on images."""
+def _checked(default: Any, check: Field) -> Any:
+    """A field of a dataclass with a default and what it must be."""
+    return field(default=default, metadata={"check": check})
 
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    image_size: int = 980
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-6
+
+def fields_of(section: type) -> dict[str, Field]:
+    """What each field of a part of the configuration must be, by its name."""
+    return {each.name: each.metadata["check"] for each in fields(section)}
+
+
+class _Section:
+    """A part of the configuration; its fields are checked when it is made."""
+
+    name = ""
 
     def __post_init__(self) -> None:
-        _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"vision hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}",
-        )
+        for name, check in fields_of(type(self)).items():
+            check.check(getattr(self, name), f"{self.name}.{name}")
+
+    def _multiple(self, larger: str, smaller: str) -> None:
+        count, of = getattr(self, larger), getattr(self, smaller)
+        _require(count % of == 0, f"{self.name}.{larger} is {count}, expected a multiple of {smaller} {of}")
+
+
+@dataclass(frozen=True)
+class VisionConfig(_Section):
+    """SigLIP at native resolution (NaViT): `image_size` is the side of the position table in pixels, not a limit on images."""
+
+    name = "vision_config"
+
+    hidden_size: int = _checked(1152, WIDTH)
+    intermediate_size: int = _checked(4304, WIDTH)
+    num_hidden_layers: int = _checked(27, DEPTH)
+    num_attention_heads: int = _checked(16, HEADS)
+    image_size: int = _checked(980, whole(1, 2**20))
+    patch_size: int = _checked(14, whole(1, 2**10))
+    layer_norm_eps: float = _checked(1e-6, EPS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._multiple("hidden_size", "num_attention_heads")
+        where = f"{self.name}.image_size is {self.image_size}, expected patch_size {self.patch_size}"
+        _require(self.image_size >= self.patch_size, f"{where} at least")
 
     @property
     def head_dim(self) -> int:
@@ -53,45 +85,45 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class PerceiverConfig:
+class PerceiverConfig(_Section):
     """The resampler that pools an image of any size to `n_latents` tokens of the text model's width."""
 
-    n_latents: int = 64
-    depth: int = 3
-    n_heads: int = 16
-    head_dim: int = 96
-    num_key_value_heads: int = 4
-    rms_norm_eps: float = TRAINED_PERCEIVER_EPS
+    name = "perceiver_config"
+
+    n_latents: int = _checked(64, whole(1, 2**16))
+    depth: int = _checked(3, DEPTH)
+    n_heads: int = _checked(16, HEADS)
+    head_dim: int = _checked(96, WIDTH)
+    num_key_value_heads: int = _checked(4, HEADS)
+    rms_norm_eps: float = _checked(TRAINED_PERCEIVER_EPS, EPS)
 
     def __post_init__(self) -> None:
-        _require(
-            self.n_heads % self.num_key_value_heads == 0,
-            f"perceiver n_heads {self.n_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}",
-        )
+        super().__post_init__()
+        self._multiple("n_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(_Section):
     """Mistral. `sliding_window` None means full causal attention."""
 
-    vocab_size: int = 32003
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    max_position_embeddings: int = 32768
-    sliding_window: int | None = 4096
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    name = "text_config"
+
+    vocab_size: int = _checked(32003, whole(1, 2**24))
+    hidden_size: int = _checked(4096, WIDTH)
+    intermediate_size: int = _checked(14336, WIDTH)
+    num_hidden_layers: int = _checked(32, DEPTH)
+    num_attention_heads: int = _checked(32, HEADS)
+    num_key_value_heads: int = _checked(8, HEADS)
+    head_dim: int = _checked(128, WIDTH)
+    max_position_embeddings: int = _checked(32768, whole(1, 2**31 - 1))
+    sliding_window: int | None = _checked(4096, optional(whole(1, 2**31 - 1)))
+    rope_theta: float = _checked(10000.0, real(1.0, 1e30))
+    rms_norm_eps: float = _checked(1e-5, EPS)
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"text num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}",
-        )
-        _require(self.head_dim % 2 == 0, f"text head_dim {self.head_dim} must be even for rotary positions")
+        super().__post_init__()
+        self._multiple("num_attention_heads", "num_key_value_heads")
+        _require(self.head_dim % 2 == 0, f"text_config.head_dim is {self.head_dim}, expected an even number, for rotary positions")
 
 
 @dataclass(frozen=True)
@@ -111,8 +143,11 @@ class Idefics2Config:
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
+        for name in ("image_token_id", "bos_token_id"):
+            TOKEN_ID.check(getattr(self, name), name)
+        listed(TOKEN_ID, least=1).check(self.eos_token_ids, "eos_token_id")
         _require(
-            0 <= self.image_token_id < self.text.vocab_size,
+            self.image_token_id < self.text.vocab_size,
             f"image_token_id {self.image_token_id} is outside the vocabulary of {self.text.vocab_size}",
         )
 
@@ -135,45 +170,57 @@ class Idefics2Config:
         Raises:
             ValueError: not an Idefics2 configuration, or one that this engine does not run (quantised, tied, another activation).
         """
-        return _from_hf(_read(source), perceiver_rms_norm_eps)
+        values, path = _read(source)
+        try:
+            return _from_hf(values, perceiver_rms_norm_eps)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}" if path else str(error)) from None
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a config.json that transformers loads as the same model."""
         return _to_hf(self)
 
 
-def _read(source: Any) -> dict[str, Any]:
+def _read(source: Any) -> tuple[Mapping[str, Any], Path | None]:
+    """The contents, and the file that they came from."""
     if isinstance(source, Mapping):
-        return dict(source)
+        return source, None
     if hasattr(source, "to_dict"):
-        return source.to_dict()
+        return source.to_dict(), None
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"no Idefics2 configuration at {path}: expected the folder of a checkpoint or its config.json")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    _require(isinstance(config, dict), f"{path} holds {type(config).__name__}, expected an object")
-    return config
+    return read_object(path), path
 
 
 def _only(section: str, given: Mapping[str, Any], key: str, *expected: Any) -> None:
     """Refuses a setting that the engine does not implement, rather than ignoring it."""
     value = given.get(key, expected[0])
-    _require(value in expected, f"{section}.{key} = {value!r} is not supported: expected {' or '.join(map(repr, expected))}")
+    supported = " or ".join(map(repr, expected))
+    known = isinstance(value, bool | int | float | str) and value in expected
+    _require(known, f"{section}.{key} = {short(value)} is not supported: expected {supported}")
+
+
+def section_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object inside an object; empty where it is absent or null.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    section = values.get(name)
+    return {} if section is None else OBJECT.check(section, name)
 
 
 def _from_hf(hf: Mapping[str, Any], perceiver_rms_norm_eps: float | None) -> Idefics2Config:
-    _require(hf.get("model_type") == "idefics2", f"model_type is {hf.get('model_type')!r}, expected 'idefics2'")
+    _require(hf.get("model_type") == "idefics2", f"model_type is {short(hf.get('model_type'))}, expected 'idefics2'")
     if quantization := hf.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else short(quantization)
         bits = next((f"{n}-bit " for n in (4, 8) if isinstance(quantization, Mapping) and quantization.get(f"load_in_{n}bit")), "")
         raise ValueError(f"the checkpoint is quantised ({bits}{method}): expected plain bf16, fp16 or fp32 weights")
-    text, vision, perceiver = (hf.get(f"{part}_config") or {} for part in ("text", "vision", "perceiver"))
+    text, vision, perceiver = (section_of(hf, f"{part}_config") for part in ("text", "vision", "perceiver"))
     _only("config", hf, "tie_word_embeddings", False)
-    _only("text_config", text, "tie_word_embeddings", False, hf.get("tie_word_embeddings", False))
+    _only("text_config", text, "tie_word_embeddings", False)
     _only("text_config", text, "model_type", "mistral")
     _only("text_config", text, "hidden_act", "silu")
     _only("vision_config", vision, "hidden_act", "gelu_pytorch_tanh")
@@ -181,18 +228,21 @@ def _from_hf(hf: Mapping[str, Any], perceiver_rms_norm_eps: float | None) -> Ide
     _only("perceiver_config", perceiver, "hidden_act", "silu")
     for name, section in (("text_config", text), ("vision_config", vision), ("perceiver_config", perceiver)):
         _only(name, section, "attention_dropout", 0.0)
+    eos = _first(hf.get("eos_token_id"), text.get("eos_token_id"), 2)
+    either(TOKEN_ID, listed(TOKEN_ID, least=1)).check(eos, "eos_token_id")
     return Idefics2Config(
         vision=_vision_from_hf(vision),
         perceiver=_perceiver_from_hf(perceiver, perceiver_rms_norm_eps),
         text=_text_from_hf(text),
         image_token_id=hf.get("image_token_id", 32001),
-        bos_token_id=text.get("bos_token_id") or 1,
-        eos_token_ids=_as_tuple(hf.get("eos_token_id") or text.get("eos_token_id") or 2),
+        bos_token_id=_first(text.get("bos_token_id"), 1),
+        eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos),
     )
 
 
-def _as_tuple(ids: int | list[int]) -> tuple[int, ...]:
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+def _first(*values: Any) -> Any:
+    """The first value that is not null; 0 is one."""
+    return next(value for value in values if value is not None)
 
 
 def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
@@ -204,9 +254,10 @@ def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
 
 def _perceiver_from_hf(hf: Mapping[str, Any], eps: float | None) -> PerceiverConfig:
     if "rms_norm_eps" in hf:
-        if eps is not None and eps != hf["rms_norm_eps"]:
-            logger.warning("perceiver_rms_norm_eps=%g is ignored: config.json gives %g", eps, hf["rms_norm_eps"])
-        eps = hf["rms_norm_eps"]
+        given = EPS.check(hf["rms_norm_eps"], "perceiver_config.rms_norm_eps")
+        if eps is not None and eps != given:
+            logger.warning("perceiver_rms_norm_eps=%g is ignored: config.json gives %g", eps, given)
+        eps = given
     elif eps is None:
         eps = TRAINED_PERCEIVER_EPS
         logger.warning("config.json gives no perceiver rms_norm_eps: using %g, as trained (transformers 5.x uses 1e-6)", eps)
@@ -221,17 +272,21 @@ def _perceiver_from_hf(hf: Mapping[str, Any], eps: float | None) -> PerceiverCon
 
 
 def _text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = section_of(hf, "rope_parameters") or section_of(hf, "rope_scaling")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _require(rope_type == "default", f"text_config rope_type {rope_type!r} is not supported: expected 'default'")
+    _require(rope_type == "default", f"text_config rope_type {short(rope_type)} is not supported: expected 'default'")
     names = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    names |= {"num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096, "rms_norm_eps": 1e-5}
+    # A section that is not there is Idefics2's own in transformers, one that is there has Mistral's values for what it leaves out.
+    positions, eps = (131072, 1e-6) if hf else (32768, 1e-5)
+    names |= {"num_key_value_heads": 8, "max_position_embeddings": positions, "sliding_window": 4096, "rms_norm_eps": eps}
     known = {name: hf.get(name, default) for name, default in names.items()}
-    known["num_key_value_heads"] = known["num_key_value_heads"] or known["num_attention_heads"]
+    heads = HEADS.check(known["num_attention_heads"], "text_config.num_attention_heads")
+    width = WIDTH.check(known["hidden_size"], "text_config.hidden_size")
+    known["num_key_value_heads"] = _first(known["num_key_value_heads"], heads)
     return TextConfig(
         **known,
-        head_dim=hf.get("head_dim") or known["hidden_size"] // known["num_attention_heads"],
-        rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+        head_dim=_first(hf.get("head_dim"), width // heads),
+        rope_theta=_first(rope.get("rope_theta"), hf.get("rope_theta"), 10000.0),
     )
 
 

@@ -18,6 +18,7 @@ from idefics2_fast.config import Idefics2Config
 from idefics2_fast.connector import Connector
 from idefics2_fast.counters import Parts
 from idefics2_fast.generate import Generation, generate
+from idefics2_fast.generation_config import log_ignored, read_generation_config
 from idefics2_fast.kernels.segments import Segments
 from idefics2_fast.language import TextModel
 from idefics2_fast.layers import BASE, Choice, Linear, Route
@@ -42,6 +43,7 @@ class Idefics2(nn.Module):
         self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.choice = Choice()  # among named adapters, see adapters.py; `kept` is what merging them keeps
         self.kept: Any = None
+        self.generation_config: dict[str, Any] = {}  # what generation_config.json holds, the defaults of `generate`
         if not self.lm_head.weight.is_meta:
             self.reset_parameters()
 
@@ -240,8 +242,9 @@ class Idefics2(nn.Module):
         cls,
         path_or_hub_id: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
         image_size: int | None = None,
         perceiver_rms_norm_eps: float | None = None,
         progress: weights.Progress | None = None,
@@ -249,32 +252,49 @@ class Idefics2(nn.Module):
         """Reads a Hugging Face checkpoint (safetensors, one file or shards) straight into the model's memory.
 
         Args:
-            dtype: of the model; None for the file's own.
+            dtype: of the model, also by name ("bfloat16"); None or "auto" for the file's own, the widest where they differ.
+            revision: branch, tag or commit of a repository of the hub.
             image_size: side in pixels of the position table; a checkpoint's own table is resized to it (378 -> 980: 27 x 27 -> 70 x 70).
             perceiver_rms_norm_eps: see `Idefics2Config.from_hf`.
             progress: called with the bytes read so far and the bytes in all.
 
         Raises:
-            ValueError: no such checkpoint, or one whose tensors are not this model's; the line names file and key.
+            ValueError: no such checkpoint, or one whose tensors are not this model's; the line names file and key. No memory has
+                been taken for the weights then.
         """
-        folder = weights.resolve_checkpoint(path_or_hub_id)
+        dtype = weights.parse_dtype(dtype)
+        folder = weights.resolve_checkpoint(path_or_hub_id, revision)
         config = Idefics2Config.from_hf(folder, perceiver_rms_norm_eps=perceiver_rms_norm_eps)
+        generation_config = read_generation_config(folder)
         config = replace(config, eos_token_ids=weights.read_eos_ids(folder, config.eos_token_ids))
         if image_size is not None:
             config = replace(config, vision=replace(config.vision, image_size=image_size))
+        _check_size(config, folder)
         with torch.device("meta"):
             model = cls(config)
+        weights.check_weights(model.hf_tensors(), folder, resize=image_size is not None)
         model = model.to(dtype or weights.stored_dtype(folder)).to_empty(device=device)
+        model.generation_config = generation_config
+        log_ignored(generation_config, folder)
         weights.load_weights(model.hf_tensors(), folder, progress=progress)
         return model.eval()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes config.json and safetensors that transformers loads as the same model, bit by bit."""
-        weights.save_checkpoint(self.hf_tensors(), self.config.to_hf(), Path(path))
+        """Writes config.json, generation_config.json and safetensors that transformers loads as the same model, bit by bit."""
+        weights.save_checkpoint(self.hf_tensors(), self.config.to_hf(), Path(path), generation=self.generation_config)
 
     def generate(self, batch: Batch, **settings: Any) -> Generation:
         """Continues every document of the batch; see `idefics2_fast.generate.generate` for settings and result."""
         return generate(self, batch, **settings)
+
+
+def _check_size(config: Idefics2Config, folder: Path) -> None:
+    """Refuses a config.json of far more weights than the files hold, before even modules are made; names and shapes are checked later."""
+    described, stored = counters.count_parameters(config).total, weights.count_stored(folder)
+    table = config.vision.positions_per_side**2 * config.vision.hidden_size  # of another size where image_size is given
+    if described - table > 2 * stored:
+        found = f"describes {described:,} parameters, the files of weights hold {stored:,}"
+        raise ValueError(f"{folder / 'config.json'} {found}: expected as many")
 
 
 # fused projections and the Hugging Face names of their row blocks, in order

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from reprlib import repr as short  # an image's bytes may stand in what a message shows
 from typing import Any
 
 from idefics2_fast.batch import Batch, find_image_rows
+from idefics2_fast.config import Idefics2Config, TextConfig, VisionConfig, fields_of, section_of
 from idefics2_fast.image_limits import DEFAULT_LIMITS, ImageLimits
 from idefics2_fast.images import MAX_PIXELS, PATCH_SIZE, ImageSource, pack_images
+from idefics2_fast.json_files import BOOL, OBJECT, TEXT, Field, check_fields, optional, read_object_if_there, short, whole
 from idefics2_fast.weights import resolve_checkpoint
 
 FAKE_TOKEN = "<fake_token_around_image>"
@@ -32,6 +33,19 @@ IMAGE_SETTINGS = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+
+EDGE = whole(1, 100_000)
+PROCESSOR_FIELDS = {
+    "image_seq_len": optional(Field("1 or more, 65536 at most", whole(1, 2**16).holds)),
+    "image_processor": optional(OBJECT),
+    "chat_template": optional(TEXT),
+}
+IMAGE_FIELDS = {"do_image_splitting": BOOL, "do_pad": BOOL, "image_processor_type": TEXT}
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")  # where a tokenizer's words are
+VOCABULARY_LIMIT = 64 * 2**20  # bytes
+PROBE = "Hello world 12"
+IMAGE_TOKEN_ID = Idefics2Config().image_token_id  # where config.json gives none
 
 Message = Mapping[str, Any]
 Images = Sequence[Sequence[ImageSource]] | Sequence[ImageSource] | ImageSource
@@ -83,33 +97,31 @@ class Processor:
         Args:
             path_or_hub_id: the checkpoint's folder, or its name on the Hugging Face hub.
             split_images, image_seq_len: override the files' `do_image_splitting` and `image_seq_len`.
+            revision: branch, tag or commit of a repository of the hub.
             position_ids, max_pixels, limits: as in `pack_images`.
 
         Raises:
-            ValueError: files missing or damaged, an image setting that this engine does not implement, or a tokenizer with ids that the
-                model's embedding has no row for.
+            ValueError: files missing or damaged, an image setting that this engine does not implement, or a tokenizer that is not that
+                of the config.json beside it: ids that the embedding has no row for, another id of the image token.
         """
         folder = resolve_checkpoint(path_or_hub_id, revision, weights=False)
-        settings = _read_json(folder / "processor_config.json")
-        images = settings.get("image_processor") or _read_json(folder / "preprocessor_config.json")
-        if not images:
-            raise ValueError(f"{folder} has no image settings: expected them in processor_config.json or preprocessor_config.json")
-        shortest_edge, longest_edge = _edges(images)
-        config = _read_json(folder / "config.json")
+        settings, source = _read_settings(folder)
+        images = settings["image_processor"]
+        shortest_edge, longest_edge = _edges(images, source)
+        config = read_object_if_there(folder / "config.json")
         processor = cls(
             tokenizer=_load_tokenizer(folder, settings.get("chat_template")),
-            split_images=bool(images.get("do_image_splitting", False)) if split_images is None else split_images,
+            split_images=images.get("do_image_splitting", False) if split_images is None else split_images,
             image_seq_len=settings.get("image_seq_len", 64) if image_seq_len is None else image_seq_len,
             shortest_edge=shortest_edge,
             longest_edge=longest_edge,
             position_ids=position_ids,
             max_pixels=max_pixels,
             limits=limits,
-            **_model_limits(config),
+            **_model_limits(config, folder / "config.json"),
         )
-        rows = (config.get("text_config") or {}).get("vocab_size", processor.vocab_size)
-        if processor.vocab_size > rows:
-            raise ValueError(f"the tokenizer has {processor.vocab_size} tokens, the model's embedding only {rows} rows")
+        if config:
+            _check_model(processor, config, folder / "config.json")
         return processor
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -191,10 +203,21 @@ class Processor:
             if any(sources):
                 raise ValueError("images are given both inside the conversations and separately: expected one of the two")
             sources = _images_of_prompts(images, len(plain), single)
-        texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=add_generation_prompt) for c in plain]
+        texts = [self._templated(c, f"conversation {i}", add_generation_prompt) for i, c in enumerate(plain)]
         bos = self.tokenizer.bos_token
         templated_bos = bool(texts) and bos is not None and texts[0].startswith(bos)
         return self._batch(texts, sources, add_special_tokens=not templated_bos)
+
+    def _templated(self, messages: list[dict[str, Any]], name: str, add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # templates are programs
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name} is not what the checkpoint's chat template takes: {reason}") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -285,59 +308,135 @@ def _sources_of_piece(piece: Any, name: str) -> list[ImageSource]:
     return []
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
+def _read_settings(folder: Path) -> tuple[dict[str, Any], Path]:
+    """processor_config.json with the image processor's settings in it, and the file that these came from.
+
+    Raises:
+        ValueError: no image settings, a damaged file, a value of another kind.
+    """
+    path = folder / "processor_config.json"
+    settings = read_object_if_there(path)
+    check_fields(settings, PROCESSOR_FIELDS, f"{path}: ")
+    if not settings.get("image_processor"):
+        path = folder / "preprocessor_config.json"
+        settings = {**settings, "image_processor": read_object_if_there(path)}
+    if not settings["image_processor"]:
+        raise ValueError(f"{folder} has no image settings: expected them in processor_config.json or preprocessor_config.json")
+    check_fields(settings["image_processor"], IMAGE_FIELDS, f"{path}: ")
+    return {name: value for name, value in settings.items() if value is not None}, path
 
 
-def _edges(settings: Mapping[str, Any]) -> tuple[int, int]:
+def _edges(settings: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """(shortest_edge, longest_edge) of an image processor's settings, which must otherwise be those of `pack_images`."""
     kind = settings.get("image_processor_type", "Idefics2ImageProcessor")
     if not str(kind).startswith("Idefics2ImageProcessor"):
-        raise ValueError(f"image_processor_type is {kind!r}, expected 'Idefics2ImageProcessor'")
+        raise ValueError(f"{path}: image_processor_type is {short(kind)}, expected 'Idefics2ImageProcessor'")
     for name, expected in IMAGE_SETTINGS.items():
         value = settings.get(name, expected)
         if value != expected and not (isinstance(expected, list) and all(value == channel for channel in expected)):
-            raise ValueError(f"the image setting {name} = {value!r} is not supported, expected {expected!r}")
+            raise ValueError(f"{path}: the image setting {name} = {short(value)} is not supported, expected {expected!r}")
     ours = {*IMAGE_SETTINGS, "do_pad", "do_image_splitting"}
     for name, value in settings.items():
         if name.startswith("do_") and name not in ours and value:
-            raise ValueError(f"the image setting {name} = {value!r} is not supported")
+            raise ValueError(f"{path}: the image setting {short(name)} = {short(value)} is not supported")
     size = settings.get("size", {"shortest_edge": 378, "longest_edge": 980})
     if not isinstance(size, Mapping) or set(size) != {"shortest_edge", "longest_edge"}:
-        raise ValueError(f"the image setting size = {size!r} is not supported, expected shortest_edge and longest_edge")
+        raise ValueError(f"{path}: the image setting size = {short(size)} is not supported, expected shortest_edge and longest_edge")
+    check_fields(size, {"shortest_edge": EDGE, "longest_edge": EDGE}, f"{path}: size.")
+    if size["shortest_edge"] > size["longest_edge"]:
+        found = f"shortest_edge {size['shortest_edge']} and longest_edge {size['longest_edge']}"
+        raise ValueError(f"{path}: size has {found}, expected the shortest to be the smaller")
     return size["shortest_edge"], size["longest_edge"]
 
 
-def _model_limits(config: Mapping[str, Any]) -> dict[str, int]:
+def _model_limits(config: Mapping[str, Any], path: Path) -> dict[str, int]:
     """What the model's config.json, where there is one, says of positions."""
-    vision, text = (config.get(f"{part}_config") or {} for part in ("vision", "text"))
+    try:
+        vision, text = section_of(config, "vision_config"), section_of(config, "text_config")
+        check_fields(vision, {"image_size": fields_of(VisionConfig)["image_size"]}, "vision_config.")
+        check_fields(text, {"max_position_embeddings": fields_of(TextConfig)["max_position_embeddings"]}, "text_config.")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     limits = {}
     if "max_position_embeddings" in text:
         limits["max_positions"] = text["max_position_embeddings"]
-    if vision.get("patch_size", PATCH_SIZE) != PATCH_SIZE:
-        raise ValueError(f"vision_config.patch_size is {vision['patch_size']}, expected {PATCH_SIZE}")
+    patch = vision.get("patch_size", PATCH_SIZE)
+    if patch != PATCH_SIZE:
+        raise ValueError(f"{path}: vision_config.patch_size is {short(patch)}, expected {PATCH_SIZE}")
     if "image_size" in vision:
-        limits["positions_per_side"] = vision["image_size"] // PATCH_SIZE
+        limits["positions_per_side"] = max(1, vision["image_size"] // PATCH_SIZE)
     return limits
+
+
+def _check_model(processor: Processor, config: Mapping[str, Any], path: Path) -> None:
+    """Refuses a tokenizer or image settings that are not those of the model beside them.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    text, perceiver = section_of(config, "text_config"), section_of(config, "perceiver_config")
+    rows = text.get("vocab_size", processor.vocab_size)
+    fields_of(TextConfig)["vocab_size"].check(rows, f"{path}: text_config.vocab_size")
+    if processor.vocab_size > rows:
+        raise ValueError(f"the tokenizer has {processor.vocab_size} tokens, the model's embedding only {rows} rows")
+    own = config.get("image_token_id", IMAGE_TOKEN_ID)
+    if processor.image_token_id != own:
+        found = f"{path}: image_token_id is {short(own)}, the tokenizer's {processor.image_token} has {processor.image_token_id}"
+        raise ValueError(f"{found}: expected the tokenizer of this model")
+    latents = perceiver.get("resampler_n_latents", processor.image_seq_len)
+    if latents != processor.image_seq_len:
+        found = f"{path}: perceiver_config.resampler_n_latents is {short(latents)}"
+        raise ValueError(f"{found}, expected the processor's image_seq_len {processor.image_seq_len}")
 
 
 def _load_tokenizer(folder: Path, chat_template: str | None) -> Any:
     """The tokenizer, with the chat template of the processor's files where they have one of their own."""
     from transformers import AutoTokenizer
 
+    _check_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no tokenizer that transformers can load: {error}") from error
-    legacy = _read_json(folder / "chat_template.json").get("chat_template")
-    tokenizer.chat_template = chat_template or legacy or tokenizer.chat_template
+        _check_tokenizer(tokenizer)
+    except BaseException as error:  # a damaged file makes the tokenizers library panic, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+            raise
+        raise ValueError(f"{folder} has no tokenizer that transformers can load: {_reason(error, folder)}") from error
+    legacy = read_object_if_there(folder / "chat_template.json").get("chat_template")
+    template = chat_template or legacy or tokenizer.chat_template
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{folder}: chat_template is {short(template)}, expected text")
+    tokenizer.chat_template = template
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """The files that transformers reads, before it does."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_object_if_there(folder / name)
+    for name in VOCABULARIES:
+        if (folder / name).is_file() and (size := (folder / name).stat().st_size) > VOCABULARY_LIMIT:
+            raise ValueError(f"{folder / name} has {size} bytes, expected {VOCABULARY_LIMIT} at most")
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """What transformers says, and the file that is missing where that is why."""
+    said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+    missing = not any((folder / name).is_file() for name in VOCABULARIES)
+    return f"there is no {' or '.join(VOCABULARIES)}: {said}" if missing else said
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Refuses a tokenizer that has no words, as transformers makes one where their file is missing, or that loses text.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary.keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise ValueError(f"it has {len(vocabulary)} tokens, all of them special, expected words, too")
+    ids = tokenizer.encode(PROBE, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"it makes no token of {PROBE!r}, expected one or more")
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if tokenizer.unk_token_id not in ids and text.strip() != PROBE:
+        raise ValueError(f"it makes {short(text)} of {PROBE!r}, expected the same text")

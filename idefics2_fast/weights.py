@@ -28,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from idefics2_fast.generation_config import eos_ids, read_generation_config
+from idefics2_fast.json_files import SIZE_LIMIT, parse_object, short
+
 logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
@@ -36,7 +39,8 @@ POSITION_TABLE = "model.vision_model.embeddings.position_embedding.weight"
 SHARD_BYTES = 5 * 10**9
 STAGING_BYTES = 16 * 2**20
 
-HEADER_LIMIT = 100_000_000  # of the reference implementation
+HEADER_LIMIT = SIZE_LIMIT  # three hundred thousand tensors; the reference implementation's 100 MB take gigabytes once parsed
+MAX_DIMENSIONS = 64  # of a tensor in torch
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Buffers that transformers once saved and now computes.
@@ -56,7 +60,7 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor in a safetensors file; its bytes are [start, end) of the file."""
 
@@ -117,6 +121,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     folder: Path,
     *,
+    generation: Mapping[str, Any] | None = None,
     max_shard_size: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -124,27 +129,75 @@ def save_checkpoint(
 
     Args:
         config: the contents of config.json (`Idefics2Config.to_hf`), to which the dtype is added.
+        generation: the contents of generation_config.json, to which the ids are added that it lacks.
     """
-    text = config["text_config"]
+    ends = {name: config["text_config"][name] for name in ("bos_token_id", "eos_token_id")}
     documents = {
         "config.json": {**config, "dtype": str(_widest(tensor.dtype for tensor in tensors.values())).removeprefix("torch.")},
-        "generation_config.json": {"bos_token_id": text["bos_token_id"], "eos_token_id": text["eos_token_id"]},
+        "generation_config.json": {**ends, **(generation or {})},
     }
     _save(tensors, Path(folder), max_shard_size, documents, progress)
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that holds a checkpoint's weights exactly: their own, or the widest where they differ.
+def check_weights(tensors: Mapping[str, Tensor], source: Path, *, resize: bool) -> None:
+    """Refuses a checkpoint that cannot fill `tensors`, from the headers alone.
+
+    Args:
+        tensors: as for `load_weights`; on the meta device they take no memory.
+        resize: whether a table of vision positions of another size counts as one that can.
+
+    Raises:
+        ValueError: as `load_weights`.
+    """
+    _matching_entries(tensors, Path(source), resize=resize)
+
+
+def count_stored(folder: Path) -> int:
+    """Values in a checkpoint's weights, by the files' headers.
 
     Raises:
         ValueError: no safetensors, damaged ones, or quantised ones.
     """
     entries = _find_entries(Path(folder))
     _refuse_quantised(entries)
-    dtypes = {DTYPES[entry.dtype] for name, entry in entries.items() if entry.dtype in DTYPES and not COMPUTED.search(name)}
-    if not dtypes:
+    return sum(math.prod(entry.shape) for entry in entries.values())
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A model's dtype given by itself or by its name; None for the file's own, which "auto" means as well.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    names = {str(known).removeprefix("torch."): known for known in DTYPE_NAMES}
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in names:
+        return names[dtype.removeprefix("torch.")]
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
+        raise ValueError(f'dtype is {short(dtype)}, expected {", ".join(names)}, "auto" or None')
+    return dtype
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds a checkpoint's weights exactly: their own, or the widest where they differ, which is logged.
+
+    Raises:
+        ValueError: no safetensors, damaged ones, or quantised ones.
+    """
+    entries = _find_entries(Path(folder))
+    _refuse_quantised(entries)
+    names: dict[torch.dtype, list[str]] = {}
+    for name, entry in entries.items():
+        if entry.dtype in DTYPES and not COMPUTED.search(name):
+            names.setdefault(DTYPES[entry.dtype], []).append(name)
+    if not names:
         raise ValueError(f"{folder} holds no weights in {', '.join(DTYPES)}")
-    return _widest(dtypes)
+    widest = _widest(names)
+    if len(names) > 1:
+        counts = ", ".join(f"{_listed(str(dtype).removeprefix('torch.'), of)}" for dtype, of in names.items())
+        logger.warning("%s holds tensors of several dtypes, %s: the model is %s, which holds all; dtype= chooses", folder, counts, widest)
+    return widest
 
 
 def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
@@ -182,17 +235,11 @@ def read_eos_ids(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
     """The ids that end a text, from the folder's `generation_config.json`; `default` where the file or the entry is absent.
 
     The released instruct model ends its turns with `<end_of_utterance>`, which only this file says.
+
+    Raises:
+        ValueError: as `read_generation_config`.
     """
-    path = Path(folder) / "generation_config.json"
-    if not path.is_file():
-        return default
-    ids = _parse_object(path.read_bytes(), path).get("eos_token_id")
-    if ids is None:
-        return default
-    ids = ids if isinstance(ids, list) else [ids]
-    if not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {ids}, expected token ids")
-    return tuple(ids)
+    return eos_ids(read_generation_config(folder), default)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -205,74 +252,72 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(size - 8, HEADER_LIMIT):
+        if HEADER_LIMIT < length <= size - 8:
+            raise ValueError(f"{path} has a header of {length} bytes, expected {HEADER_LIMIT} at most")
+        if not 2 <= length <= size - 8:
             raise ValueError(f"{path} is truncated or not safetensors: {size} bytes with a header of {length}")
-        header = _parse_object(file.read(length), path)
+        header = _parse_header(file.read(length), path)
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, data=8 + length) for name, value in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:
-            raise ValueError(f"{path}: {name!r} starts at byte {entry.start}, expected {end}: tensors must neither overlap nor leave holes")
+            found = f"starts at byte {entry.start}, expected {end}: tensors must neither overlap nor leave holes"
+            raise ValueError(f"{path}: {short(name)} {found}")
         end = entry.end
     if end != size:
         raise ValueError(f"{path} is truncated or has a tail: {size} bytes where its header speaks of {end}")
     return entries
 
 
-def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
-        return values
-
+def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        return parse_object(text)
+    except ValueError as error:
         raise ValueError(f"{path}: damaged JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: damaged JSON: expected an object, found {type(parsed).__name__}")
-    return parsed
 
 
 def _entry(path: Path, name: str, value: Any, *, data: int) -> Entry:
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-        raise ValueError(f"{path}: {name!r} has a damaged header entry: expected dtype, shape and two data_offsets, found {value!r:.200}")
+    if not (isinstance(dtype, str) and len(dtype) <= 16 and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        found = f"expected dtype, shape and two data_offsets, found {short(value)}"
+        raise ValueError(f"{path}: {short(name)} has a damaged header entry: {found}")
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
     if begin > end or end - begin != expected:
-        raise ValueError(f"{path}: {name!r} has {end - begin} bytes, expected {expected} for {dtype} {shape}")
+        found = f"{end - begin} bytes, expected {expected} for {dtype} {shape}"
+        raise ValueError(f"{path}: {short(name)} has {found}")
     return Entry(path, dtype, tuple(shape), data + begin, data + end)
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    """At most as many as a tensor's dimensions, each at most what 64 bits hold."""
+    return isinstance(value, list) and len(value) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _matching_entries(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Entry]:
+def _matching_entries(tensors: Mapping[str, Tensor], folder: Path, *, resize: bool = True) -> dict[str, Entry]:
     """The checkpoint's entries, one for each of `tensors`, able to fill it."""
-    entries = _find_entries(folder)
+    entries = {name: entry for name, entry in _find_entries(folder).items() if not COMPUTED.search(name)}
     _refuse_quantised(entries)
-    entries = {name: entry for name, entry in entries.items() if not COMPUTED.search(name)}
     missing, unexpected = tensors.keys() - entries.keys(), entries.keys() - tensors.keys()
     if missing or unexpected:
-        raise ValueError(f"{folder} does not hold this model's weights: {_listed('missing', missing)}, {_listed('unexpected', unexpected)}")
+        found = f"{_listed('missing', missing)}, {_listed('unexpected', unexpected)}"
+        raise ValueError(f"{folder} does not hold this model's weights: {found}")
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
-            raise ValueError(f"{entry.file}: {name!r} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
-        if entry.shape != (shape := tuple(tensors[name].shape)) and not (name == POSITION_TABLE and _resizable(entry.shape, shape)):
-            raise ValueError(f"{entry.file}: {name!r} has shape {list(entry.shape)}, the model expects {list(shape)}")
+            raise ValueError(f"{entry.file}: {short(name)} is {entry.dtype}, expected one of {', '.join(DTYPES)}")
+        shape, expected = entry.shape, tuple(tensors[name].shape)
+        if shape != expected and not (resize and name == POSITION_TABLE and _resizable(shape, expected)):
+            found = f"has shape {list(shape)}, the model expects {list(expected)}"
+            raise ValueError(f"{entry.file}: {short(name)} {found}")
     return entries
 
 
 def _listed(what: str, names: Iterable[str]) -> str:
     names = sorted(names)
     more = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} {what}" + (f" ({', '.join(map(repr, names[:3]))}{more})" if names else "")
+    return f"{len(names)} {what}" + (f" ({', '.join(map(short, names[:3]))}{more})" if names else "")
 
 
 def _find_entries(folder: Path) -> dict[str, Entry]:
@@ -289,7 +334,9 @@ def _find_entries(folder: Path) -> dict[str, Entry]:
 
 
 def _read_shards(index: Path) -> dict[str, Entry]:
-    places = _parse_object(index.read_bytes(), index).get("weight_map")
+    if (size := index.stat().st_size) > HEADER_LIMIT:
+        raise ValueError(f"{index} has {size} bytes, expected {HEADER_LIMIT} at most")
+    places = _parse_header(index.read_bytes(), index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) and file and Path(file).name == file for file in places.values()):
         raise ValueError(f"{index}: damaged weight_map: expected names of weights and, for each, the name of a file beside the index")
     files = sorted(set(places.values()))
@@ -300,13 +347,13 @@ def _read_shards(index: Path) -> dict[str, Entry]:
     for file in files:
         for name, entry in read_header(index.parent / file).items():
             if name in entries:
-                raise ValueError(f"{entry.file}: {name!r} occurs a second time, after {entries[name].file.name}")
+                raise ValueError(f"{entry.file}: {short(name)} occurs a second time, after {entries[name].file.name}")
             entries[name] = entry
     for name, file in places.items():
         if name not in entries or entries[name].file.name != file:
-            raise ValueError(f"{index} places {name!r} in {file}, which does not hold it")
+            raise ValueError(f"{index} places {short(name)} in {file}, which does not hold it")
     for name in sorted(entries.keys() - places.keys()):
-        raise ValueError(f"{entries[name].file}: {name!r} is not in the index {index.name}")
+        raise ValueError(f"{entries[name].file}: {short(name)} is not in the index {index.name}")
     return entries
 
 
@@ -314,7 +361,7 @@ def _refuse_quantised(entries: Mapping[str, Entry]) -> None:
     kinds = ((name, kind) for name in entries for kind, pattern in QUANTISED_NAMES.items() if pattern.search(name))
     stored = ((name, entry.dtype) for name, entry in entries.items() if QUANTISED_DTYPES.fullmatch(entry.dtype))
     for name, kind in (*kinds, *stored):
-        raise ValueError(f"{entries[name].file}: {name!r} is quantised ({kind}): expected plain {', '.join(DTYPES)} weights")
+        raise ValueError(f"{entries[name].file}: {short(name)} is quantised ({kind}): expected plain {', '.join(DTYPES)} weights")
 
 
 def _fill(target: Tensor, name: str, entry: Entry, file: FileIO, staging: Tensor) -> None:
@@ -333,7 +380,7 @@ def _fill(target: Tensor, name: str, entry: Entry, file: FileIO, staging: Tensor
             _read(file, entry.start + first * dtype.itemsize, part)
             filled = flat[first : first + part.numel()].copy_(part.to(target.device))  # converts on the target's device
             if target.dtype == torch.float16 and filled.isinf().any():
-                raise ValueError(f"{entry.file}: {name!r} holds values beyond float16's range: load it as bfloat16 or float32")
+                raise ValueError(f"{entry.file}: {short(name)} holds values beyond float16's range: load it as bfloat16 or float32")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -37,7 +37,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
 
 SEGMENTS = "idefics2_fast.kernels.segments"  # a plain data type, which every room may use
 ACCELERATORS = {"flash_attn", "xformers", "liger_kernel"}  # used where installed
-NAMES_TRANSFORMERS = {"weights.py", "processor.py", "image_processor.py"}  # and the folder patching/
+NAMES_TRANSFORMERS = {"weights.py", "processor.py", "image_processor.py", "generation_config.py"}  # and the folder patching/
 
 
 def imports(tree: ast.Module, path: Path) -> Iterator[tuple[str, bool]]:
@@ -105,6 +105,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("idefics2_fast/model.py", "from idefics2_fast.training import trainer", True),
         ("idefics2_fast/weights.py", "import transformers", True),
         ("idefics2_fast/weights.py", "def f():\n    import transformers", False),
+        ("idefics2_fast/generation_config.py", "def f():\n    import transformers", False),
         ("idefics2_fast/model.py", "def f():\n    from transformers import AutoModel", True),
         ("idefics2_fast/patching/vision.py", "import transformers", True),
         ("idefics2_fast/patching/vision.py", "def f():\n    import transformers", False),
