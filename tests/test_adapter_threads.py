@@ -76,8 +76,9 @@ def test_named_adapters_in_threads(calls, model):
 def test_named_adapters_within_another_call(model):
     """Calls in the middle of one, which choose others, and `use_adapter`, which is for the next."""
     use_adapter(model, "fr")
-    for asked in (batch("fr", None), replace(batch("fr"), adapters=())):
-        expected = generates(model, asked)
+    said, unsaid = batch("fr"), replace(batch("fr"), adapters=())
+    for asked, meant in ((batch("fr", None), batch("fr", None)), (unsaid, said)):
+        expected = generates(model, meant)
 
         def disturb(*_: object) -> None:
             forwards(model, batch("de", "fr", "de"))
