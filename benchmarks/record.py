@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from idefics2_fast import _C
+
 RESULTS = Path(__file__).parent / "results"
 ABSENT = "absent: "  # begins the note of what has no value because it does not take part here
 ONCE = "taken once"  # because it takes too long to be taken again
@@ -102,11 +104,17 @@ def default_path(device: str) -> Path:
 
 
 def device_name(device: torch.device) -> str:
+    """Name a card; of a CPU its model, the units that the results depend on, and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    units = [_C.simd_paths()[0]]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        units.append("bf16")
+    name = names[0] if names else platform.machine()
+    return f"{name} ({', '.join(units)}), {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
