@@ -115,6 +115,26 @@ def test_a_question_without_text_stays_first(planner: Planner) -> None:
     assert [len(group) for group in join_pairs(source, lambda images: 10**6)._groups] == [1, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (f'{{"images": [], {json.dumps(TALK | {"images": ["a.png"]})[1:]}', "an object has 'images' twice"),
+        ("[" * 10**5, "nested too deeply"),
+        ('{"texts": ' * 10**4, "nested too deeply"),
+        (f'{{"texts": {"9" * 5000}}}', "Exceeds the limit (4300 digits)"),
+        ('{"texts": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        ("\0" * 4096, "not valid JSON: "),
+        ('"text"', "the row is 'text', expected an object"),
+    ],
+    ids=["twice", "lists", "objects", "digits", "bytes", "zeros", "text"],
+)
+def test_json_that_is_no_row_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(f"{json.dumps(TALK)}\n{line}\n{json.dumps(TALK)}".encode("latin-1"))
+    (found,) = check(open_source(tmp_path / "a.jsonl"))
+    assert found.reason.startswith(f"{tmp_path / 'a.jsonl'}, line 2: ")
+    assert reason in found.reason
+
+
 # --- a check and a run ---
 
 
@@ -375,7 +395,7 @@ def try_random_rows(planner: Planner, seed: int, count: int) -> tuple[int, int]:
     """Samples and refusals of random rows; anything but ValueError is raised."""
     rng, samples = random.Random(seed), 0
     for _ in range(count):
-        row = mutated(valid_row(rng), rng, rng.choice([0, 0.03, 0.1]))
+        row = mutated(valid_row(rng), rng, rng.choice([0.03, 0.1, 0.2]))
         try:
             planner(read_row(row, "k"), rng.randrange(3))
             samples += 1
@@ -391,7 +411,7 @@ def try_random_rows(planner: Planner, seed: int, count: int) -> tuple[int, int]:
 def test_random_rows_are_samples_or_refused(planner: Planner, seed: int) -> None:
     with cost(seconds=60, megabytes=500):
         samples, refused = try_random_rows(planner, seed, 1000)
-    assert min(samples, refused) > 250
+    assert min(samples, refused) > 100
 
 
 # A million in all; IDEFICS2_FAST_FUZZ_ROWS sets another number.
@@ -403,4 +423,4 @@ PARTS, FUZZ_ROWS = 20, int(os.environ.get("IDEFICS2_FAST_FUZZ_ROWS", 10**6))
 def test_a_million_random_rows_are_samples_or_refused(planner: Planner, part: int) -> None:
     with cost(seconds=600, megabytes=1000):
         samples, refused = try_random_rows(planner, 100 + part, FUZZ_ROWS // PARTS)
-    assert min(samples, refused) > FUZZ_ROWS // PARTS // 10
+    assert min(samples, refused) > FUZZ_ROWS // PARTS // 20
