@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,24 @@ def test_a_check_and_a_run_leave_out_the_same_rows(corpus: Path, tmp_path: Path,
         rejection.rows for rejection in (source.reject(row, ValueError()) for row in range(len(source))) if rejection.key in left_out
     )
     assert summary == f"{rows} of {len(open_source(data))} rows cannot be used"
+
+
+def test_a_row_fits_in_every_epoch_or_in_none(planner: Planner) -> None:
+    """Split or scaled up as another epoch may draw it; so a row is left out for good, or never."""
+    row = TALK | {"images": [picture(112, 112)] * 2}
+    for limits in ({"tokens": 50}, {"patches": 300}):  # whole it has 25 tokens and 128 patches, split 65 and 640
+        one = replace(planner, **limits)
+        for epoch in range(6):
+            found = open_source([row]).attempt(0, lambda sample, epoch=epoch, one=one: one(sample, epoch))
+            assert isinstance(found, Rejection), (limits, epoch)
+            assert open_source([row]).attempt(0, replace(one, split_share=0.0, upscale_share=0.0)).images
+
+
+def test_joined_rows_are_named_together() -> None:
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A lamp."}]
+    joined = join_pairs(open_source([{"conversations": talk, "image": "a.png"}] * 9), lambda images: 10**6)
+    rejection = joined.reject(0, ValueError("no"))
+    assert rejection == Rejection("0", "row 0 (joined with 1, 2, 3, 4, 5 and 3 more): no", rows=9)
 
 
 def test_a_check_looks_at_rows_held_out(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
