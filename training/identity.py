@@ -32,8 +32,9 @@ from PIL import Image
 
 from idefics2_fast import Idefics2, Processor
 from idefics2_fast.training.recipe import PLACES, Recipe, hash_of
-from idefics2_fast.training.samples import ImageReference, Sample
+from idefics2_fast.training.samples import ImageReference, Sample, Turn
 from idefics2_fast.training.sources import PROBED, Rejection, Source
+from idefics2_fast.training.spans import data_of
 
 T = TypeVar("T")
 
@@ -142,11 +143,15 @@ def of_rows(source: Source) -> str:
     total = hashlib.sha256()
     for row in range(len(source)):
         sample = source.attempt(row, lambda sample: sample)
-        shown = "bad" if isinstance(sample, Rejection) else repr([(turn.role, turn.pieces) for turn in sample.turns])
+        shown = "bad" if isinstance(sample, Rejection) else repr([_said(turn) for turn in sample.turns])
         total.update(shown.encode(errors="surrogatepass"))
         for image in () if isinstance(sample, Rejection) else sample.images:
             total.update(b"\0" + _contents(image))
     return f"{len(source)} rows, {total.hexdigest()}"
+
+
+def _said(turn: Turn) -> tuple[Any, ...]:
+    return (turn.role, turn.pieces) if turn.trained else (turn.role, turn.pieces, "not trained")
 
 
 def _contents(image: ImageReference) -> bytes:
@@ -200,8 +205,16 @@ def _digest_of_image(path: str) -> str:
 
 
 def _digest_of_file(path: Path) -> str:
+    """Of every byte; of a hole in a sparse file, its place and length."""
+    total, end = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        for place, chunk in data_of(file.fileno(), 0, size):
+            total.update(b"" if place == end else f"hole {end} {place}".encode())
+            total.update(chunk)
+            end = place + len(chunk)
+    total.update(b"" if end == size else f"hole {end} {size}".encode())
+    return total.hexdigest()
 
 
 # --- model, processor ---

@@ -111,22 +111,10 @@ class Contents:
             return b"".join(parts)
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) of the text, in order. Holes, which sparse files have, are passed over."""
+        """(offset, bytes) of the text, in order, as `data_of` gives them."""
         with reading(self.path), self._open() as (descriptor, begin):
-            offset = self.text
-            while offset < self.size:
-                try:
-                    offset = os.lseek(descriptor, begin + offset, os.SEEK_DATA) - begin
-                except OSError as error:
-                    if error.errno == errno.ENXIO:  # no data from here on
-                        return
-                    if error.errno != errno.EINVAL:  # a file system that knows no holes
-                        raise
-                chunk = os.pread(descriptor, min(CHUNK, self.size - offset), begin + offset)
-                if not chunk:
-                    return
-                yield offset, chunk
-                offset += len(chunk)
+            for place, chunk in data_of(descriptor, begin + self.text, begin + self.size):
+                yield place - begin, chunk
 
     @contextmanager
     def _open(self) -> Iterator[tuple[int, int]]:
@@ -170,6 +158,23 @@ class Contents:
         """The file in pieces that are small, as the rest is copied at the end of each member."""
         for _, chunk in self.chunks():
             yield from (chunk[start : start + FEED] for start in range(0, len(chunk), FEED))
+
+
+def data_of(descriptor: int, place: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """(place, bytes) of what an open file holds up to an end. Holes of sparse files are passed over."""
+    while place < end:
+        try:
+            place = os.lseek(descriptor, place, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here on
+                return
+            if error.errno != errno.EINVAL:  # a file system that knows no holes
+                raise
+        chunk = os.pread(descriptor, min(CHUNK, max(0, end - place)), place)
+        if not chunk:
+            return
+        yield place, chunk
+        place += len(chunk)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -253,3 +255,25 @@ def test_load_refuses_a_newer_format(tmp_path: Path, monkeypatch: pytest.MonkeyP
         save(recipe_of(tmp_path))
     with pytest.raises(ValueError, match="has format 3, expected 2 or less"):
         checkpoints_of(recipe_of(tmp_path)).load({"x": torch.ones(2)})
+
+
+def test_of_data_sees_which_answers_are_trained() -> None:
+    """In rows in memory; the digest of rows without switches is as before there were any."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    plain, switched = ([{"messages": [*talk[:3], talk[3] | {"weight": on}]}] for on in (1, 0))
+    assert of_data(open_source(plain)) == of_data(open_source([{"messages": talk}]))
+    assert of_data(open_source(plain)) != of_data(open_source(switched))
+
+
+def test_of_data_passes_over_the_holes_of_a_sparse_file(tmp_path: Path) -> None:
+    """A file of 20 GB that takes no room costs no time; a file without holes has its plain SHA-256."""
+    path, line = tmp_path / "a.jsonl", b'{"texts": [{"user": "a", "assistant": "b"}]}\n'
+    path.write_bytes(line)
+    assert of_data(open_source(path)) == {"a.jsonl": hashlib.sha256(line).hexdigest()}
+    started, found = time.process_time(), set()
+    for size in (20 * 10**9, 21 * 10**9):
+        with path.open("r+b") as file:
+            file.truncate(size)
+        found.add(of_data(open_source(path))["a.jsonl"])
+    assert len(found) == 2
+    assert time.process_time() - started < 3
