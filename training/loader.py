@@ -186,12 +186,24 @@ class Loader:
         self._iterator.wait(until)
 
     def __next__(self) -> Step:
+        step = self.take()
+        self.refill()
+        return step
+
+    def take(self) -> Step:
+        """The next step; no other is made ready in its place before `refill`.
+
+        The thread that makes steps ready holds the GIL for milliseconds: awake, it would keep its consumer waiting.
+        """
         step, plan, damaged = next(self._iterator)
         for rejection in self._gather(damaged):
             self._undecoded.add(rejection)
         self._undecoded.check(plan.cursor, plan.rejected)
-        self._iterator.refill()
         return step
+
+    def refill(self) -> None:
+        """Makes another step ready, after `take`."""
+        self._iterator.refill()
 
     @property
     def begun(self) -> bool:

@@ -209,9 +209,10 @@ class _Run:
             with self.telemetry.waiting():
                 self.loader.wait(lambda: stop.received)
                 ending = stop.requested()
-                step = None if ending else next(self.loader)
+                step = None if ending else self.loader.take()
             if step is None:
                 break
+            self.loader.refill()
             self._step(step)
             if self.done % self.recipe.save_every == 0 or self.done == self.recipe.steps:
                 self._save(stop, wait=self.done == self.recipe.steps)

@@ -1,7 +1,8 @@
 """A small run, as the trainer makes one, in processes that may be killed; test_checkpoint.py starts it.
 
 The first argument lists jobs in JSON: arguments of `train`, "kill" (a point of `arm` and the number of the save), "world" (ranks),
-and "copy" (where the folder is copied to afterwards). Each runs in forked children of its own, so that torch is imported once.
+"lines" and "wait" (of a job of one process: it is killed so many seconds after it has logged so many lines), and "copy" (where the folder
+is copied to afterwards). Each runs in forked children of its own, so that torch is imported once.
 The answer on stdout: the ranks' exit codes of each job.
 """
 
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +178,7 @@ def rank(number: int, world: int, store: str, job: dict) -> None:
 
 def run(job: dict) -> list[int]:
     world, copy = job.pop("world", 0), job.pop("copy", None)
+    lines, wait = job.pop("lines", None), job.pop("wait", None)
     processes = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(max(1, world)):
@@ -187,10 +190,23 @@ def run(job: dict) -> list[int]:
                     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     os._exit(1)
                 os._exit(0)
+        if lines is not None:
+            kill_after(processes[0], Path(job["log"]), lines, wait)
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     if copy:
         shutil.copytree(job["folder"], copy)
     return codes
+
+
+def kill_after(process: int, log: Path, lines: int, wait: float) -> None:
+    """Kills a process that has not ended, after it has logged so many more lines, and some seconds."""
+    wanted = lines + (log.read_bytes().count(b"\n") if log.exists() else 0)
+    while not log.exists() or log.read_bytes().count(b"\n") < wanted:
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.001)
+    time.sleep(wait)
+    os.kill(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,21 @@ def test_nothing_is_left_over(runs: Path) -> None:
         assert sorted(path.name for path in (runs / point).iterdir()) == ["latest", "step-00000020", "step-00000024"]
 
 
+@pytest.mark.slow
+def test_a_run_killed_100_times_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Where a kill tears the log's last line, the step is logged again: every whole line is the undisturbed run's."""
+    draw = random.Random(0)
+    jobs = [{"folder": "whole", "steps": 800}]
+    jobs += [{"folder": "killed", "steps": 800, "lines": draw.randint(1, 12), "wait": draw.uniform(0, 0.02)} for _ in range(100)]
+    codes = run([job | {"folder": str(tmp_path / job["folder"]), "log": str(tmp_path / f"{job['folder']}.log")} for job in jobs])
+    run([{"folder": str(tmp_path / "killed"), "log": str(tmp_path / "killed.log"), "steps": 800}])
+    assert codes[1:] == 100 * [[-9]]
+    reference = dict(steps_in(tmp_path / "whole.log"))
+    steps = steps_in(tmp_path / "killed.log")
+    assert all(reference[step] == rest for step, rest in steps)
+    assert dict(steps) == reference
+
+
 # --- any number of ranks ---
 
 

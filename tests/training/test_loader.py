@@ -1,6 +1,7 @@
 """One global plan: the same samples on any number of ranks and workers, resumed to the bit, damaged ones left out and named."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -229,6 +230,33 @@ def test_a_state_of_other_data_is_refused(planner: Planner) -> None:
 def test_ranks_need_an_even_share(planner: Planner) -> None:
     with pytest.raises(ValueError, match="rank 0 of 2 has no even share of 3 packs"):
         loader(planner, packs=3, world_size=2)
+
+
+def test_take_leaves_the_threads_asleep_until_refill(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is ready costs its consumer no turn of another thread: nothing is planned between the two calls."""
+    plan, planned = Planner.__call__, []
+    monkeypatch.setattr(Planner, "__call__", lambda self, *args: (planned.append(1), plan(self, *args))[1])
+    run, expected = loader(planner, threads=1), keys(take(loader(planner, threads=1), 3))
+    seen = keys([next(run)])
+    settle(planned)
+    before = len(planned)
+    seen += keys([run.take()])
+    settle(planned)
+    assert len(planned) == before
+    run.refill()
+    seen += keys([next(run)])
+    settle(planned)
+    assert len(planned) > before
+    assert seen == expected
+    run.close()
+
+
+def settle(planned: list[int]) -> None:
+    """Returns when nothing was planned for a while."""
+    before = -1
+    while before != len(planned):
+        before = len(planned)
+        time.sleep(0.3)
 
 
 # --- what cannot be used ---
