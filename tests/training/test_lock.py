@@ -27,11 +27,12 @@ with run_lock(Path(sys.argv[1])):
 
 def test_run_lock_refuses_by_name_until_the_other_is_killed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"run is in use by the run of process {other.pid} on {socket.gethostname()}: end it"):
-            run_lock(tmp_path / "run").__enter__()
-        other.send_signal(signal.SIGKILL)
-        other.wait(60)
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=f"run is in use by the run of process {other.pid} on {socket.gethostname()}: end it"):
+                run_lock(tmp_path / "run").__enter__()
+        finally:
+            other.send_signal(signal.SIGKILL)
     assert (tmp_path / "run" / LOCK).read_text().split()[1] == str(other.pid)
     with run_lock(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK).read_text().split() == [socket.gethostname(), str(os.getpid())]
