@@ -434,6 +434,9 @@ def _check_tokenizer(tokenizer: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     if not vocabulary.keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens):
         raise ValueError(f"it has {len(vocabulary)} tokens, all of them special, expected words, too")
+    outside = max(tokenizer.encode(PROBE), default=0) - max(vocabulary.values())  # with what a prompt begins with
+    if outside > 0:
+        raise ValueError(f"it makes an id of {PROBE!r} that is {outside} more than its highest, expected its own")
     ids = tokenizer.encode(PROBE, add_special_tokens=False)
     if not ids:
         raise ValueError(f"it makes no token of {PROBE!r}, expected one or more")
