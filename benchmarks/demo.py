@@ -93,7 +93,7 @@ def _header(providers: Sequence[Provider], device: torch.device) -> str:
     parameters = sum(parameter.numel() for parameter in providers[-1].model.parameters())
     installed = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
-        f"{device_name(device)}; {installed}\n\n"
+        f"{device_name(device)}\n{installed}\n\n"
         f"One Hugging Face checkpoint, written by transformers: the size `{MODEL}`, {parameters / 1e6:.0f} million parameters, fp32.\n"
         "The weights are random, so the answers mean nothing: what counts is that transformers and idefics2_fast give the same.\n"
     )

@@ -54,17 +54,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def take_share(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves slow tests of other shares out, but for those whose files have changed."""
+    """Leaves slow tests of other shares out, but for those whose files have changed.
+
+    A part of one long random search, `slow(part=True)`, waits for its share all the same.
+    """
     try:
         turn = shares.turn_of(config.getoption("share"), config.getoption("base"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     slow = [item for item in items if item.get_closest_marker("slow")]
-    taken = {item.nodeid for item in slow if turn.takes(item.nodeid, shares.files_of(item.path))}
+    own = {item.nodeid: () if is_part(item) else shares.files_of(item.path) for item in slow}
+    taken = {name for name, files in own.items() if turn.takes(name, files)}
     left = [item for item in slow if item.nodeid not in taken]
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)
     config.stash[_said] = list(shares.summary(turn, taken, [item.nodeid for item in left]))
+
+
+def is_part(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow").kwargs.get("part", False)
 
 
 def longest_first(items: list[pytest.Item]) -> None:

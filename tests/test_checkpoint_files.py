@@ -396,7 +396,7 @@ def test_mutated_checkpoints_are_refused_or_answer(whole: Path, folder: Path) ->
     fuzz(whole, folder, count=60, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(part=True)
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_ten_thousand_mutated_checkpoints_are_refused_or_answer(whole: Path, folder: Path, seed: int) -> None:
     fuzz(whole, folder, count=1000, seed=seed)

@@ -12,7 +12,9 @@ FAST = 3_000
 SLOW = 297_000 // 9  # of each of nine seeds: 3 x 10^5 in all
 
 
-@pytest.mark.parametrize(("seed", "count"), [(0, FAST), *(pytest.param(seed, SLOW, marks=pytest.mark.slow) for seed in range(1, 10))])
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, FAST), *(pytest.param(seed, SLOW, marks=pytest.mark.slow(part=True)) for seed in range(1, 10))]
+)
 def test_mutated_images_are_refused_or_packed(seed: int, count: int) -> None:
     count = int(os.environ.get("IDEFICS2_FAST_MUTATIONS", count))
     command = [sys.executable, str(ROOT / "tests" / "support" / "mutated_images.py"), str(seed), str(count)]

@@ -181,14 +181,17 @@ def home_of(value: Any) -> str | None:
 # --- pytest and make ---
 
 
-def item_of(path: str, name: str, slow: bool) -> SimpleNamespace:
-    return SimpleNamespace(nodeid=f"{path}::{name}", path=ROOT / path, get_closest_marker=lambda marker: slow and marker == "slow")
+def item_of(path: str, name: str, slow: bool, **arguments: bool) -> SimpleNamespace:
+    mark = SimpleNamespace(kwargs=arguments) if slow else None
+    closest = {"slow": mark}.get
+    return SimpleNamespace(nodeid=f"{path}::{name}", path=ROOT / path, get_closest_marker=closest)
 
 
 def test_pytest_leaves_out_what_is_of_other_shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     fast = [item_of("tests/test_model.py", f"fast_{n}", slow=False) for n in range(5)]
-    slow = [item_of("tests/test_model.py", f"slow_{n}", slow=True) for n in range(30)]
+    slow = [item_of("tests/test_model.py", f"slow_{n}", slow=True) for n in range(20)]
+    slow += [item_of("tests/test_images.py", f"part_{n}", slow=True, part=True) for n in range(10)]
     fresh = [item_of("tests/test_images.py", f"fresh_{n}", slow=True) for n in range(5)]
     runs, said = [], []
     for share in range(3):

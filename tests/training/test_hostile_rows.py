@@ -437,7 +437,7 @@ def test_random_rows_are_samples_or_refused(planner: Planner, seed: int) -> None
 PARTS, FUZZ_ROWS = 20, int(os.environ.get("IDEFICS2_FAST_FUZZ_ROWS", 10**6))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(part=True)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_million_random_rows_are_samples_or_refused(planner: Planner, part: int) -> None:
     with cost(seconds=600, megabytes=1000):
