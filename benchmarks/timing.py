@@ -10,6 +10,7 @@ import ctypes
 import gc
 import math
 import os
+import random
 import re
 import time
 from collections import defaultdict
@@ -152,7 +153,7 @@ def measure(
     """Checks every provider, then times those that are right.
 
     Args:
-        calls: the providers' parts by their names, in the order of their turns.
+        calls: the providers' parts by their names. Each round takes them in another order.
         check: says what is wrong with a provider's output; "" where nothing is.
         seconds: how long the rounds may take in all, going by the first pass.
         rounds: the fewest and the most rounds, which hold before `seconds`.
@@ -170,8 +171,10 @@ def measure(
         least, most = rounds
         turns = min(most, max(least, int(seconds / max(pass_seconds, 1e-9))))
         bar.total += turns * len(right)
+        chance = random.Random(0)
         for _ in range(turns):
-            for name in right:
+            # In another order each round: a provider would always find the caches as the same one has left them.
+            for name in chance.sample(right, len(right)):
                 bar.set_postfix_str(name)
                 watch = Watch(device)
                 _run(calls[name], watch)
