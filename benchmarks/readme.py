@@ -204,13 +204,16 @@ def dora(f: Figures, shape: str) -> str:
 
 
 def parts(f: Figures) -> str:
-    """What each part gains by itself: transformers' time over its own."""
+    """Says what each part gains by itself, transformers' time over its own; "" where that was not measured."""
     whole = f.value(PATCH, PARTS, "both", HF, "time")
+    if whole is None:
+        return ""
     said = []
     for name, provider in (("packing", "packing alone"), ("DoRA", "DoRA alone"), ("the loss", "loss alone")):
         own = f.value(PATCH, PARTS, "both", provider, "time")
         said.append(f"{name} alone gains " + ("-" if None in (own, whole) else f.say(f"{whole / own:.2f} x")))
-    return f"{', '.join(said)}, all together {f.speed((PATCH, PARTS, 'both'), HF)}"
+    gains = f"{', '.join(said)}, all together {f.speed((PATCH, PARTS, 'both'), HF)}"
+    return f"\nOf a `small` step on images of half the size, by the medians, {gains}.\n"
 
 
 def image_table(f: Figures) -> str:
@@ -248,9 +251,7 @@ the tuned column is what stands between them.{untimed}
 Under the patch, fp32, the DoRA step on 4 documents with one mixed image each, rank 64 on every linear layer but the head:
 
 {patched}
-
-Of a `small` step on images of half the size, by the medians, {parts}.
-
+{parts}
 The loss alone, 2048 tokens, 10% answers, 1024 x 32003:
 
 {loss}
