@@ -32,7 +32,7 @@ PAGE, PHOTO, THUMBNAIL = (3508, 2480), (3000, 4000), (200, 300)
 EDGES = {"shortest_edge": 378, "longest_edge": 980}
 
 TWO_THREADS = "2 threads"
-AVX2 = "avx2"
+AVX2, VNNI = "avx2", "vnni"
 HF, TORCHVISION, PILLOW, PILLOW_SIMD, OPENCV, FLOOR = "hf", "hf torchvision", "Pillow", "pillow-simd", "OpenCV, by area", "memory floor"
 RIVALS = {TORCHVISION: "torchvision", PILLOW_SIMD: "pillow-simd", OPENCV: "opencv-python-headless"}
 SUITE, WORK = "images", ("work",)
@@ -123,7 +123,7 @@ def pack_case(suite: Suite, sizes: Sequence[tuple[int, int]], split: bool) -> Ca
     name = f"split batch of all {len(sizes)}" if split else f"resample and pack, {width}x{height}"
     speed = 30 if split else 12 if sizes[0] == THUMBNAIL else 18
     needs: dict[str | tuple[str, str], float] = {HF: speed, TORCHVISION: 22 if split else 8, (AVX2, HF): 5}
-    if _C.simd() != AVX2:
+    if _C.simd() == VNNI:
         needs[AVX2] = 1
     if not split and sizes[0] in (PAGE, PHOTO):
         out = torch.ones(sum(rows * columns for rows, columns in (crop.grid for crop in plan_crops(*sizes[0], split=False, **EDGES))), 588)
