@@ -96,6 +96,7 @@ def test_all_steps_have_the_same_gradients(load):
     assert {step.name: check(step.name, gradients_of(step)) for step in steps} == {step.name: "" for step in steps}
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_seen(load):
     step = Step(load())
     right = {name: value.clone() for name, value in gradients_of(step).items()}
@@ -119,6 +120,7 @@ def test_swapped_images_and_shifted_labels_change_the_gradients(load):
     assert "off by" in check("shifted", gradients_of(step, {**inputs, "labels": inputs["labels"].roll(1, 1)}))
 
 
+@pytest.mark.slow
 def test_a_step_is_taken_and_the_next_begins_where_it_began(load):
     step = Step(load())
     first = {name: value.clone() for name, value in gradients_of(step).items()}
@@ -139,6 +141,7 @@ def test_norms_are_those_of_each_steps_weights(load, made):
     assert check(step.name, gradients_of(step)) == ""
 
 
+@pytest.mark.slow
 def test_patched_steps_are_patched(load):
     assert "get_image_features" in patched(PatchedStep(load()).model)
     alone = PatchedStep(load(), "loss alone", **ALONE["loss alone"])

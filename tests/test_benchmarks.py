@@ -539,6 +539,7 @@ def loss_results(path):
     return results
 
 
+@pytest.mark.slow
 def test_a_slowed_kernel_is_flagged(tmp_path, monkeypatch, no_memory):
     """The loss with the work of its answer rows done three times over."""
     monkeypatch.setattr(linear_cross_entropy, "ACCURACY", 1e-4)  # of so few rows

@@ -358,11 +358,12 @@ def mutate(text: str, draw: random.Random) -> bytes:
         if action < 0.15:
             del inner[key]
         elif action < 0.25 and isinstance(inner, dict):
-            inner[draw.choice(["keys", "x", "__class__", "dtype", "auto_map", "é", "a/b"])] = draw.choice(HOSTILE)
+            inner[draw.choice(["keys", "x", "__class__", "dtype", "auto_map", "é", "a/b"])] = copy.deepcopy(draw.choice(HOSTILE))
         else:
             old = inner[key]
             nearby = [old * 2, old * 10**6, -old, float(old % 10**9), str(old % 10**9)] if type(old) is int else []
-            inner[key] = draw.choice([*HOSTILE, *nearby])
+            # A copy: a value placed inside itself by a later change would have no end.
+            inner[key] = copy.deepcopy(draw.choice([*HOSTILE, *nearby]))
     return json.dumps(value).encode()
 
 

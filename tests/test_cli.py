@@ -340,6 +340,7 @@ def test_an_interrupted_json_answer_is_not_lost(
     assert (printed["tokens"], printed["finish"]) == (expected.tokens[0], "interrupted")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_what_was_printed_stays(folder: Path) -> None:
     command = [SCRIPT, *GENERATE, folder, "--prompt", "Why?", "--max-new-tokens", "500"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}

@@ -174,6 +174,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="the caps are those of x86")
 def test_caps_remove_the_units_and_the_emulation_shows_their_rounding():
     """The planted fault is seen where units are emulated, not where they are capped; without it nothing is seen."""

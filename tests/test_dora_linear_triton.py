@@ -268,6 +268,7 @@ def arguments(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [x, F.linear(x, a).detach(), weight, a, b, magnitude, norm, bias, SCALING]
 
 
+@pytest.mark.slow
 def test_opchecks():
     x, h, weight, a, b, _, norm, *_ = arguments()
     op = torch.ops.idefics2_fast

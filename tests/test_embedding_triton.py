@@ -205,6 +205,7 @@ def test_offsets_are_of_64_bits(kernel):
 # --- as an operator of torch ---
 
 
+@pytest.mark.slow
 def test_opcheck():
     given = inputs(4, 8, torch.float32)
     noise, table, features = given["noise"], given["table"].requires_grad_(), given["features"].requires_grad_()

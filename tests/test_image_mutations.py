@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FAST = 3_000
-SLOW = 297_000 // 9  # of each of nine seeds: 3 x 10^5 in all
+FAST = 1_500
+SLOW = 298_500 // 9  # of each of nine seeds: 3 x 10^5 in all
 
 
 @pytest.mark.parametrize(

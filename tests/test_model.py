@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 from support.hf import Sample, engine_of, positions_of, sample, to_batch, to_hf, unpad
@@ -45,19 +48,35 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
+@pytest.fixture(scope="module")
+def expected(theirs) -> Callable[[str], torch.Tensor]:
+    """Return a function from a case's name to transformers' logits, computed once a case."""
+
+    @cache
+    @torch.no_grad()
+    def logits(name: str) -> torch.Tensor:
+        samples = samples_of(CASES[name])
+        return unpad(theirs(**to_hf(samples)).logits, samples)
+
+    return logits
+
+
 @torch.no_grad()
-def logits_error(theirs, ours, samples: list[Sample], *, as_bytes: bool = True) -> float:
-    return relative(ours(to_batch(samples, TINY, as_bytes=as_bytes)), unpad(theirs(**to_hf(samples)).logits, samples))
+def logits_error(expected, ours, name: str, *, as_bytes: bool = True) -> float:
+    return relative(ours(to_batch(samples_of(CASES[name]), TINY, as_bytes=as_bytes)), expected(name))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "three images" else pytest.mark.slow) for name in CASES])
-def test_logits_of_patches_in_floats_equal_transformers(theirs, ours, name):
-    assert logits_error(theirs, ours, samples_of(CASES[name]), as_bytes=False) <= FP32_LOGITS
+def test_logits_of_patches_in_floats_equal_transformers(expected, ours, name):
+    assert logits_error(expected, ours, name, as_bytes=False) <= FP32_LOGITS
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers(theirs, ours, name):
-    assert logits_error(theirs, ours, samples_of(CASES[name])) <= FP32_LOGITS
+SLOW_CASES = ("smallest and largest", "extreme aspect ratios", "split")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_CASES else ()) for name in CASES])
+def test_logits_equal_transformers(expected, ours, name):
+    assert logits_error(expected, ours, name) <= FP32_LOGITS
 
 
 def test_logits_equal_the_eager_formula_under_a_sliding_window():
@@ -201,15 +220,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_silent_error_is_seen(theirs, ours, monkeypatch, fault):
+def test_a_silent_error_is_seen(expected, ours, monkeypatch, fault):
     monkeypatch.setattr(*FAULTS[fault])
-    assert logits_error(theirs, ours, samples_of(CASES["three images"])) > 10 * FP32_LOGITS
+    assert logits_error(expected, ours, "three images") > 10 * FP32_LOGITS
 
 
-def test_a_layer_norm_off_by_one_percent_is_seen(theirs, ours, monkeypatch):
+def test_a_layer_norm_off_by_one_percent_is_seen(expected, ours, monkeypatch):
     for layer in ours.vision_model.layers:
         monkeypatch.setattr(layer.layer_norm1, "__class__", OffLayerNorm)
-    assert logits_error(theirs, ours, samples_of(CASES["three images"])) > 10 * FP32_LOGITS
+    assert logits_error(expected, ours, "three images") > 10 * FP32_LOGITS
 
 
 # Batches that cannot be right.

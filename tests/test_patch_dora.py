@@ -218,6 +218,7 @@ def test_gradient_checkpointing(reentrant):
     assert_same(results(ours, partial(checkpoint, ours, use_reentrant=reentrant)), results(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_it_compiles_without_a_break(dropout):
     ours = patched(wrapped(lora_dropout=dropout))
@@ -431,6 +432,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 ORDERS = ["patched, sharded", "sharded, patched"]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_sharded_parameters_train_as_one(tmp_path):
     command = [sys.executable, __file__, str(tmp_path)]
     ranks = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True) for rank in "01"]

@@ -143,6 +143,7 @@ def test_permuted_inputs():
 # --- what surrounds it ---
 
 
+@pytest.mark.slow
 def test_opcheck():
     tensors = [x.clone().requires_grad_() for x in inputs([3, 0], 1, 2, 1, 8, torch.float64)]
     offsets = Segments.of_lengths([3, 0]).offsets

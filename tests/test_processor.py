@@ -118,7 +118,7 @@ def test_tokens_equal_hugging_face_for_any_text(pair: tuple[Processor, Idefics2P
     assert_same_tokens(pair, prompts)
 
 
-@pytest.mark.parametrize("length", [1, 5, 320])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(320, marks=pytest.mark.slow)])
 def test_the_run_of_an_image_has_the_length_of_the_files_or_the_argument(length: int, folder: Path, copy: Path) -> None:
     edit(copy / "processor_config.json", lambda config: config.update(image_seq_len=length))
     expected = AutoProcessor.from_pretrained(copy)(text="a<image>b")["input_ids"]

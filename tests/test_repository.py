@@ -253,6 +253,7 @@ get_kernel = kernelize = register_kernel_mapping = replace_kernel_forward_from_h
 """
 
 
+@pytest.mark.slow
 def test_transformers_finds_its_own_kernels_package_from_here(tmp_path: Path) -> None:
     """Hugging Face's `kernels` is not installed with the project: a stand-in of a version that transformers accepts takes its place."""
     from transformers.utils.import_utils import KERNELS_MIN_VERSION

@@ -185,6 +185,7 @@ def test_rows_are_read_where_they_are(layout, copies):
 # --- what surrounds it ---
 
 
+@pytest.mark.slow
 def test_opcheck():
     tensors = [x.clone().requires_grad_() for x in inputs([2, 1], 2, 1, 8, torch.float64)]
     offsets = Segments.of_lengths([2, 1]).offsets

@@ -158,7 +158,7 @@ SETTINGS = {
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", [name if "checkpointing" not in name else pytest.param(name, marks=slow) for name in SETTINGS])
+@pytest.mark.parametrize("name", [name if name == "as it comes" else pytest.param(name, marks=slow) for name in SETTINGS])
 def test_the_loss_curve(train: Callable[..., Any], name: str) -> None:
     theirs, ours = (train(small_model(), patched, **SETTINGS[name]) for patched in (False, True))
     assert_same_curve(ours, theirs)
@@ -176,6 +176,7 @@ def test_the_loss_curve_of_adapters(train: Callable[..., Any], use_dora: bool, n
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 def test_accumulated_steps_count_all_their_tokens(train: Callable[..., Any]) -> None:
     """Three batches of two with answers of other lengths are one batch of six: `num_items_in_batch` reaches the loss."""
     one = train(small_model(), True, per_device_train_batch_size=6, max_steps=2)
@@ -183,6 +184,7 @@ def test_accumulated_steps_count_all_their_tokens(train: Callable[..., Any]) -> 
     np.testing.assert_allclose(losses(many)[:, 0], losses(one)[:, 0], rtol=LOSS)
 
 
+@pytest.mark.slow
 def test_bf16_autocast(train: Callable[..., Any]) -> None:
     theirs, ours = (train(adapted(small_model(), True), patched, bf16=True) for patched in (False, True))
     np.testing.assert_allclose(losses(ours)[:, 0], losses(theirs)[:, 0], rtol=BF16_LOSS)
@@ -247,6 +249,7 @@ def test_what_is_saved_loads_without_the_patch(train: Callable[..., Any], tmp_pa
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_bits(tmp_path: Path, processor: Any, conversations: list[Any]) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "data_seed": 1}
     curves = []

@@ -260,7 +260,8 @@ print((peak() - before) / 2**20)
 """
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_neither_way_holds_a_second_copy(tmp_path, dtype):
     """96 MiB of fp32 weights: staging takes 16 MiB, a conversion of one piece no more than that again, and there is nothing else."""
     save_file({"w": torch.zeros(2)}, tmp_path / "w")

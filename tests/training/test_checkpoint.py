@@ -68,6 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", BEFORE_COMMIT + AFTER_COMMIT)
 def test_a_killed_run_goes_on_to_the_bit(runs: Path, point: str) -> None:
     """Losses, samples and every tensor after every step are the undisturbed run's; at most one interval is done again."""
@@ -81,6 +82,7 @@ def test_a_killed_run_goes_on_to_the_bit(runs: Path, point: str) -> None:
     assert second == list(range(committed + 1, 25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", BEFORE_COMMIT + AFTER_COMMIT)
 def test_at_any_moment_the_pointer_and_every_checkpoint_are_whole(runs: Path, point: str) -> None:
     killed = runs / f"{point} killed"
@@ -92,6 +94,7 @@ def test_at_any_moment_the_pointer_and_every_checkpoint_are_whole(runs: Path, po
     assert all(whole(path) for path in names)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_point_in_turn_reaches_the_end(runs: Path) -> None:
     reference, steps = dict(steps_in(runs / "undisturbed.log")), steps_in(runs / "all.log")
     assert len(resumed_at(runs / "all.log")) == len(BEFORE_COMMIT + AFTER_COMMIT) + 1
@@ -99,11 +102,13 @@ def test_a_run_killed_at_every_point_in_turn_reaches_the_end(runs: Path) -> None
     assert dict(steps) == reference
 
 
+@pytest.mark.slow
 def test_saving_beside_the_training_changes_nothing(runs: Path) -> None:
     synchronous = dict(steps_in(runs / "synchronous.log"))
     assert synchronous == {step: rest for step, rest in steps_in(runs / "undisturbed.log") if step <= 24}
 
 
+@pytest.mark.slow
 def test_nothing_is_left_over(runs: Path) -> None:
     for point in BEFORE_COMMIT + AFTER_COMMIT:
         assert sorted(path.name for path in (runs / point).iterdir()) == ["latest", "step-00000020", "step-00000024"]
@@ -158,6 +163,7 @@ def test_another_number_of_ranks_finds_the_same_bits(ranks: Path) -> None:
     assert len(losses[0]) == len(losses[1]) == 32
 
 
+@pytest.mark.slow
 def test_a_lost_rank_costs_the_others_the_save_and_not_their_time(ranks: Path) -> None:
     """Rank 0 ends with an error instead of waiting for rank 1 (its exit code is 1), and both go on from the save before."""
     assert resumed_at(ranks / "lost.log") == [0, 4]

@@ -66,7 +66,8 @@ def test_a_run_that_crashed_goes_on_bit_by_bit(corpus, tmp_path, monkeypatch):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("roll_back", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("roll_back", [True, False])
 def test_a_jump_of_the_loss_goes_back_or_does_not(corpus, tmp_path, monkeypatch, roll_back):
     """While the loader is at work, threads take short turns; after the run they are as they were."""
     turns = []

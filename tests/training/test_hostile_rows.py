@@ -187,7 +187,7 @@ SPOILING = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_check_and_a_run_leave_out_the_same_rows(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
     """For the same reasons, in any epoch; joined rows, held-out ones and images that are damaged behind their headers."""
     data = corrupt_rows(tmp_path, random.Random(seed), 60)

@@ -165,6 +165,7 @@ def changes(before: dict, after: dict) -> list[str]:
     return [name for name in before if before[name] != after[name]]
 
 
+@pytest.mark.slow
 def test_of_processor_sees_template_tokens_and_rules(corpus: Path) -> None:
     processor = Processor.from_pretrained(corpus / "model")
     before = of_processor(processor)

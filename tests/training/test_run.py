@@ -61,6 +61,7 @@ def run_json(out: Path, step: int) -> dict:
 # --- resuming ---
 
 
+@pytest.mark.slow
 def test_fit_goes_on_with_more_steps_and_from_format_1(corpus, tmp_path, keys):
     fit(recipe_of(corpus, tmp_path / "whole", steps=4))
     expected = keys.copy()
@@ -84,6 +85,7 @@ def test_fit_goes_on_with_more_steps_and_from_format_1(corpus, tmp_path, keys):
     assert json.loads((out / "recipe.json").read_text())["steps"] == 4
 
 
+@pytest.mark.slow
 def test_fit_refuses_other_inputs_and_names_them(corpus, tmp_path, keys):
     shutil.copytree(corpus, tmp_path / "corpus")
     here = tmp_path / "corpus"
@@ -132,7 +134,8 @@ def signal_soon(number: int, once: threading.Event) -> None:
     threading.Thread(target=send, daemon=True).start()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_fit_hears_a_signal_while_it_waits_for_data(corpus, tmp_path, keys, monkeypatch, gate, number, code):
     """The data of a later step never comes; what is done is saved, and the run goes on behind it."""
     fit(recipe_of(corpus, tmp_path / "whole", steps=5, save_every=9))
@@ -212,6 +215,7 @@ def test_fit_stops_where_a_checkpoint_finds_no_room(corpus, tmp_path, keys, monk
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_fit_waits_for_room_where_it_is_told_to(corpus, tmp_path, keys, monkeypatch):
     write, tried = HuggingFaceStorageWriter.write_data, []
 
