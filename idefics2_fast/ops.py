@@ -34,7 +34,8 @@ from idefics2_fast.kernels.embedding import Noise
 from idefics2_fast.kernels.segments import Segments
 
 _HALF = (torch.bfloat16, torch.float16)
-_overrides: dict[str, str] = {}
+# Of all `using` blocks that are open, in all threads: the last one that names an op decides.
+_overrides: list[dict[str, str]] = []
 
 
 def _installed(package: str) -> bool:
@@ -247,7 +248,14 @@ def choose(op: str, x: Tensor) -> str:
     """The name of the implementation that `op` takes for queries (or rows) like `x`."""
     # The compiler reads through caches, and says so in a warning.
     preferred = _preferred.__wrapped__ if torch.compiler.is_compiling() else _preferred
-    return _overrides.get(op) or preferred(op, "cpu" if x.is_cpu else x.device.type, x.dtype, x.shape[-1])
+    return _forced(op) or preferred(op, "cpu" if x.is_cpu else x.device.type, x.dtype, x.shape[-1])
+
+
+def _forced(op: str) -> str | None:
+    for names in reversed(_overrides):
+        if op in names:
+            return names[op]
+    return None
 
 
 @cache
@@ -265,7 +273,10 @@ def _trusted(op: str) -> bool:
 
 @contextmanager
 def using(**implementations: str) -> Iterator[None]:
-    """Forces implementations by name, e.g. `using(segment_attention="reference")`, within a `with` block, in all threads.
+    """Force implementations by name, e.g. `using(segment_attention="reference")`, within a `with` block.
+
+    It holds in all threads: autograd recomputes checkpointed layers in threads of its own. Blocks of
+    several threads may end in any order; each takes back its own names alone.
 
     Raises:
         ValueError: no such op, or no such implementation of it.
@@ -274,13 +285,11 @@ def using(**implementations: str) -> Iterator[None]:
         if name not in IMPLEMENTATIONS.get(op, ()):
             known = ", ".join(IMPLEMENTATIONS[op]) if op in IMPLEMENTATIONS else f"an op: {', '.join(IMPLEMENTATIONS)}"
             raise ValueError(f"{op} has no implementation {name!r}: expected {known}")
-    before = dict(_overrides)
-    _overrides.update(implementations)
+    _overrides.append(implementations)
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(before)
+        _overrides[:] = [names for names in _overrides if names is not implementations]
 
 
 def _run(op: str, x: Tensor) -> Callable[..., Any]:

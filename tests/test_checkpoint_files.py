@@ -173,8 +173,8 @@ def write_header(path: Path, header: bytes, data: int = 0) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (lambda: b"{" + b",".join(b'"w%d":0' % (n // 2) for n in range(400_000)) + b"}", "the key 'w0' occurs twice"),
-        (lambda: b"{" + b",".join(b'"w%d":0' % n for n in range(400_000)) + b',"w399999":0}', "the key 'w399999' occurs twice"),
+        (lambda: b"{" + b",".join(b'"w%d":0' % (n // 2) for n in range(60_000)) + b"}", "the key 'w0' occurs twice"),
+        (lambda: b"{" + b",".join(b'"w%d":0' % n for n in range(60_000)) + b',"w59999":0}', "the key 'w59999' occurs twice"),
         (lambda: b'{"w":' + b"[" * 10**6 + b"]" * 10**6 + b"}", "is not valid JSON"),
         (lambda: b'{"w":{"dtype":"F32","shape":[' + b",".join([b"9" * 4000] * 500) + b'],"data_offsets":[0,0]}}', "damaged header entry"),
         (lambda: b'{"w":{"dtype":"F32","shape":[9223372036854775807,4611686018427387904],"data_offsets":[0,8]}}', "8 bytes, expected"),

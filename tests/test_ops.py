@@ -290,3 +290,14 @@ def test_using_names_what_there_is():
         with ops.using(linear="reference"):
             assert (ops.choose("rms_norm", x), ops.choose("linear", x)) == ("reference", "reference")
     assert ops.choose("rms_norm", x) == "cpu"
+
+
+def test_using_blocks_of_threads_end_in_any_order():
+    x = torch.zeros(1, 8)
+    first, second = ops.using(rms_norm="reference"), ops.using(rms_norm="torch")
+    with first:
+        second.__enter__()
+        assert ops.choose("rms_norm", x) == "torch"
+    assert ops.choose("rms_norm", x) == "torch"
+    second.__exit__(None, None, None)
+    assert ops.choose("rms_norm", x) == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from idefics2_fast import cli
 from idefics2_fast.training import Fitted, run
 from idefics2_fast.training import __main__ as command
+from idefics2_fast.training.checkpoint import CheckpointError
 from idefics2_fast.training.guard import REQUEUE, GuardError
 from idefics2_fast.training.recipe import Recipe, instruct
 
@@ -107,6 +109,19 @@ def test_a_mistake_is_one_line(arguments, named, capsys):
     assert error.startswith("idefics2-fast: error: ")
     assert error.count("\n") == 1
     assert named in error
+
+
+@pytest.mark.parametrize("error", [CheckpointError("saving step 2 failed: no room"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+def test_main_ends_a_run_that_cannot_save_with_74(monkeypatch, capsys, error):
+    def stopped(recipe):
+        raise error
+
+    monkeypatch.setattr(run, "fit", stopped)
+    assert command.main(["instruct", *PLACES]) == 74
+    assert capsys.readouterr().err == f"{command.PROGRAM}: error: {error}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert command.main(["instruct", *PLACES]) == 74
+    assert capsys.readouterr().err == ""
 
 
 def test_the_guards_report_is_exit_code_1(monkeypatch, capsys):
