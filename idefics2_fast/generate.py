@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from idefics2_fast.generation_config import (
     require_computed,
     warpers,
 )
+from idefics2_fast.json_files import short
 from idefics2_fast.layers import BASE, Norms, Route
 from idefics2_fast.matching import Matcher
 
@@ -92,7 +93,8 @@ def generate(
         top_p: draw from the smallest set of tokens whose probability reaches this (nucleus sampling, arXiv 1904.09751); 1.
         seed: document d draws from a generator of its own, seeded by (seed, d), or by its entry of a list of D seeds.
         stop_tokens: ids that end a document.
-        stop_strings: texts that end a document; one that names a special token counts as that token.
+        stop_strings: texts that end a document; one that names a special token counts as that token. Text around a special token, which
+            an answer's text does not show, is refused.
         bad_words: words that are never completed. Ids are matched with prompt and answer; a text does not appear in the answer's
             text, however it is cut into tokens, and at its start without its leading spaces neither. Those of the file are replaced.
         generation_config: in place of the file's content, by its names; {} for nothing of it.
@@ -102,6 +104,17 @@ def generate(
         ValueError: settings out of range, an empty batch, a prompt that leaves no position free, strings without a tokenizer, tokens
             that are not this model's, a generation_config that asks for another algorithm.
     """
+    _check_given(
+        model.config.text.vocab_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        bad_words=bad_words,
+        generation_config=generation_config,
+    )
     settings = _settings(model, generation_config, max_new_tokens, temperature, top_p, stop_strings)
     _check(model, batch, settings)
     batch = replace(model.routed(batch), norms=_norms(model))
@@ -199,6 +212,49 @@ def _settings(
     )
 
 
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool | str) and getattr(value, "ndim", 0) == 0
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
+
+
+def _are(kind: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping) and all(map(kind, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What each setting of `generate` may be, beside None, and that in words; ranges are checked with the file's values.
+_GIVEN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (_is_whole, "an integer, 1 or more"),
+    "temperature": (_is_number, "a number, 0 (greedy) or more"),
+    "top_p": (_is_number, "a number, more than 0 and at most 1"),
+    "seed": (lambda value: _is_whole(value) or _are(_is_whole, value), "an integer, or one for each document"),
+    "stop_tokens": (lambda value: _are(_is_whole, value), "a list of token ids"),
+    "stop_strings": (lambda value: _is_text(value) or _are(_is_text, value), "a list of texts"),
+    "bad_words": (
+        lambda value: _are(lambda word: _is_text(word) or _are(_is_whole, word), value),
+        "a list of texts and lists of token ids",
+    ),
+    "generation_config": (lambda value: isinstance(value, Mapping), "an object"),
+}
+
+
+def _check_given(vocab_size: int, **given: Any) -> None:
+    """Refuses settings of another kind, and stop tokens that the model never makes."""
+    for name, value in given.items():
+        holds, expected = _GIVEN[name]
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} is {short(value)}, expected {expected}")
+    outside = next((token for token in given["stop_tokens"] or () if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"stop_tokens holds {outside}, expected ids of the vocabulary of {vocab_size}")
+
+
 def _check(model: Idefics2, batch: Batch, settings: _Settings) -> None:
     if settings.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {settings.max_new_tokens}, expected 1 or more")
@@ -240,9 +296,18 @@ def _stops(model: Idefics2, batch: Batch, tokens: Sequence[int] | None, strings:
     ids = set(model.config.eos_token_ids if tokens is None else tokens)
     if any(not string for string in strings):
         raise ValueError("stop_strings holds an empty string: expected text")
-    special = batch.tokenizer.get_added_vocab() if strings else {}
+    special = _unshown(batch.tokenizer) if strings else {}
     ids.update(special[string] for string in strings if string in special)
-    return ids, [string for string in strings if string not in special]
+    texts = [string for string in strings if string not in special]
+    if mixed := next((string for string in texts if any(token in string for token in special)), None):
+        raise ValueError(f"stop_strings holds {short(mixed)}, expected text, or one special token: they do not stand together in a text")
+    return ids, texts
+
+
+def _unshown(tokenizer: Any) -> dict[str, int]:
+    """The ids of the special tokens. Other tokens that were added to a vocabulary are text."""
+    special = {*tokenizer.all_special_ids, *(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)}
+    return {name: token for name, token in tokenizer.get_added_vocab().items() if token in special}
 
 
 def _file_words(values: Mapping[str, Any], stop_ids: set[int]) -> list[list[int]]:
@@ -253,7 +318,7 @@ def _file_words(values: Mapping[str, Any], stop_ids: set[int]) -> list[list[int]
 def _split_words(words: Sequence[str | Sequence[int]], tokenizer: Any) -> tuple[list[list[int]], list[str]]:
     """Words to be matched as ids, and as text. One with a special token, which the text does not show, counts as ids."""
     ids, texts = [], []
-    special = tokenizer.get_added_vocab() if any(isinstance(word, str) for word in words) else {}
+    special = _unshown(tokenizer) if any(isinstance(word, str) for word in words) else {}
     for word in words:
         if not isinstance(word, str):
             ids.append(list(word))
@@ -271,9 +336,12 @@ def _sequences(
     model: Idefics2, batch: Batch, settings: _Settings, seed: int | Sequence[int], stops: Matcher, banned: Matcher
 ) -> list[_Sequence]:
     count, last = len(batch.documents), model.config.text.max_position_embeddings
-    seeds = [(seed * 0x9E3779B97F4A7C15 + index) % 2**63 for index in range(count)] if isinstance(seed, int) else list(seed)
+    one = _is_whole(seed)
+    seeds = [(int(seed) * 0x9E3779B97F4A7C15 + index) % 2**63 for index in range(count)] if one else [int(own) for own in seed]
     if len(seeds) != count:
         raise ValueError(f"seed holds {len(seeds)} numbers, expected one for each of the {count} documents")
+    if outside := next((own for own in seeds if not -(2**63) <= own < 2**64), None):
+        raise ValueError(f"seed holds {outside}, expected an integer from -2^63 to 2^64 - 1")
     sequences = []
     for prompt, own_seed in zip(batch.token_ids.split(batch.documents.lengths), seeds, strict=True):
         draw, length = torch.Generator().manual_seed(own_seed), prompt.shape[0]

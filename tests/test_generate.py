@@ -265,6 +265,18 @@ def test_a_full_sequence_rides_along_without_harm(ours, prompts, expected):
         ({"bad_words": [[]]}, "has no tokens"),
         ({"bad_words": [[40000]]}, r"\[40000\] holds ids outside the vocabulary of 32003"),
         ({"seed": [1, 2]}, "seed holds 2 numbers, expected one for each of the 1 documents"),
+        ({"seed": [2**64]}, "seed holds 18446744073709551616, expected an integer from"),
+        ({"seed": 1.5}, "seed is 1.5, expected an integer, or one for each document"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected an integer"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, expected an integer"),
+        ({"temperature": "1"}, "temperature is '1', expected a number"),
+        ({"stop_tokens": 2}, "stop_tokens is 2, expected a list of token ids"),
+        ({"stop_tokens": [2, -1]}, "stop_tokens holds -1, expected ids of the vocabulary of 32003"),
+        ({"stop_strings": [5]}, r"stop_strings is \[5\], expected a list of texts"),
+        ({"bad_words": "word"}, "bad_words is 'word', expected a list of texts and lists of token ids"),
+        ({"bad_words": [1]}, r"bad_words is \[1\], expected a list of texts and lists of token ids"),
+        ({"bad_words": iter(["word"])}, "bad_words is .*iterator.*, expected a list"),
+        ({"generation_config": [1]}, r"generation_config is \[1\], expected an object"),
     ],
 )
 def test_wrong_settings_are_named(ours, prompts, settings, message):

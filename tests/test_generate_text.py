@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from time import process_time
@@ -78,6 +79,27 @@ def test_a_bad_word_that_is_a_special_token_counts_as_it(model: Idefics2, tokeni
     led = {"sequence_bias": [[[32002], 1e4], [[32001], 5e3]]}
     tokens = answer(model, tokenizer, generation_config=led, bad_words=["<end_of_utterance>"]).tokens[0]
     assert set(tokens) == {32001}
+
+
+def led_letter_by_letter(tokenizer: Any, word: str) -> dict[str, Any]:
+    tokens = tokenizer.convert_tokens_to_ids(list(word))
+    return {"sequence_bias": [[tokens[: n + 1], 1e3 * (n + 1)] for n in range(len(tokens))]}
+
+
+@pytest.mark.parametrize("setting", ["bad_words", "stop_strings"])
+def test_generate_a_word_that_was_added_to_the_vocabulary(model: Idefics2, tokenizer: Any, setting: str) -> None:
+    """It is text, and made of other tokens, too; a special token is none."""
+    added = copy.deepcopy(tokenizer)
+    added.add_tokens(["hello"])
+    led = led_letter_by_letter(tokenizer, "hello")
+    assert "hello" in answer(model, added, generation_config=led).texts[0]
+    assert "hello" not in answer(model, added, generation_config=led, **{setting: ["hello"]}).texts[0]
+
+
+@pytest.mark.parametrize("string", ["<end_of_utterance>ab", " </s>", "</s><s>"])
+def test_generate_stop_string_around_a_special_token(model: Idefics2, tokenizer: Any, string: str) -> None:
+    with pytest.raises(ValueError, match=r"stop_strings holds '.*', expected text, or one special token"):
+        answer(model, tokenizer, stop_strings=["x", string])
 
 
 def test_bad_words_leave_other_documents_alone(model: Idefics2, tokenizer: Any) -> None:
