@@ -144,6 +144,9 @@ class AdapterConfig:
             ValueError: damaged JSON; a field of another type or range, or one that stands for a formula that is not here.
         """
         raw = _parse(path)
+        if (kind := raw.get("peft_type")) != "LORA":  # first: the fields of other kinds of adapters have other names
+            found = "no peft_type" if kind is None else f"peft_type = {kind!r:.200}"
+            raise ValueError(f"{path} has {found}, expected 'LORA': this engine computes no other kind of adapter")
         for name, value in raw.items():
             if name in READ or name in HARMLESS:
                 continue
@@ -156,8 +159,6 @@ class AdapterConfig:
             if value is not None and not check(value):
                 raise ValueError(f"{path} has {name} = {value!r:.200}, expected {expected}")
             fields[name] = default if value is None else value
-        if fields["peft_type"] is None:
-            raise ValueError(f"{path} has no peft_type, expected 'LORA'")
         if fields["lora_bias"] and fields["use_dora"]:
             raise ValueError(f"{path} has lora_bias and use_dora, expected one of them, as PEFT does")
         config = cls(path, fields)
@@ -208,7 +209,7 @@ class AdapterConfig:
         if isinstance(wanted, str):
             every = wanted.lower() == "all-linear"
             return module != "lm_head" if every else re.fullmatch(wanted, module) is not None
-        return _ends_with(module, wanted) and self._has_layer(module)
+        return module in wanted or (_ends_with(module, wanted) and self._has_layer(module))
 
     def _has_layer(self, module: str) -> bool:
         wanted, patterns = self.fields["layers_to_transform"], self.fields["layers_pattern"]

@@ -33,6 +33,7 @@ from idefics2_fast.adapters import (
     install,
     layers_of,
     linears,
+    one_at_a_time,
     part_of,
     projections,
 )
@@ -227,6 +228,7 @@ def _whole(tensor: Tensor) -> Tensor:
 # --- loading ---
 
 
+@one_at_a_time
 @torch.no_grad()
 def load_adapters(model: Idefics2, path: str | os.PathLike[str], *, name: str | None = None) -> None:
     """Attaches the adapter of a folder in PEFT's format (LoRA, DoRA), and copies the weights that were trained whole, in place.
@@ -406,7 +408,7 @@ class _Reader:
         if absent := sorted(set(biases) & self.own.keys() - set(whole)):
             raise ValueError(f"{self.config.path} has bias = {bias!r}, expected {absent[0]} in {self.path.name}")
         for name in self.config.modules_to_save:
-            if not any(f".{name}." in f".{hf}" for hf in whole):
+            if not any(_is_within(hf, name) for hf in whole):
                 raise ValueError(f"{self.config.path} has {name!r} in modules_to_save, of which {self.path.name} holds no tensor")
 
     def _finite(self, hf: str, tensor: Tensor) -> Tensor:
@@ -420,6 +422,12 @@ class _Reader:
         if names and not torch.equal(own, tensor):
             raise ValueError(f"{self.path} has a {hf} of its own, expected that of {', '.join(names)}: they share one base")
         return tensor
+
+
+def _is_within(hf: str, name: str) -> bool:
+    """Whether a tensor is of a module that `modules_to_save` names: by the end of the module's name, as PEFT has it."""
+    modules = list(accumulate(hf.split(".")[:-1], "{}.{}".format))
+    return any(module.endswith(name) for module in modules)
 
 
 def _plan(model: Idefics2, folder: Path) -> _Plan:

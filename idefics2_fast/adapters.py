@@ -16,10 +16,14 @@ Hugging Face projections; their A are one product, their B one block-diagonal ma
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
+from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +118,8 @@ class AdaptedLinear(Adapted):
     Attributes:
         a: [projections * rank, in]; b: [out, rank]; magnitude: [out], None for LoRA.
         ranks: of the projections, where some are smaller and filled up with zeros; 0 for one whose adapter is neutral.
-        norm: ||W + s B A|| of the rows [out] where `refresh_norms` keeps it; None means that it is looked after by itself.
+        norm: ||W + s B A|| of the rows [out] where `refresh_norms` keeps it; None means that it is looked after by itself. It is taken
+            for as long as no weight is written in place, unless weights are sharded.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class AdaptedLinear(Adapted):
         self.magnitude = nn.Parameter(ops.dora_square(base.weight).sqrt_().float()) if dora else None
         self.register_parameter("shift", None)
         self.norm: Tensor | None = None
+        self._norm_of: tuple[int, ...] | None = None  # the weights' versions when `norm` was made
         self._row_norm = RowNorm()
 
     @property
@@ -178,8 +184,18 @@ class AdaptedLinear(Adapted):
         """B as it stands against the stacked A: block-diagonal [out, projections * rank]."""
         return block_diagonal(self.b, self.rows)
 
+    def keep(self, norm: Tensor) -> None:
+        """Takes this for the norm of the weights as they are."""
+        self.norm, self._norm_of = norm, self._versions()
+
+    def _versions(self) -> tuple[int, ...] | None:
+        """Of the weights that the norm is made of. None where FSDP2, or inference mode, does not say when they are written."""
+        weights = self.base.weight, self.a, self.b
+        hidden = any(isinstance(weight, DTensor) or weight.is_inference() for weight in weights)
+        return None if hidden else tuple(weight._version for weight in weights)
+
     def _norm(self) -> Tensor:
-        if self.norm is not None:
+        if self.norm is not None and (torch.compiler.is_compiling() or self._norm_of is None or self._norm_of == self._versions()):
             return self.norm
         return self._row_norm(self.base.weight, self.a, self.b, self.scaling, self.training, self.rows)
 
@@ -290,6 +306,24 @@ class SwitchableEmbedding(nn.Module):
 SWITCHABLE = {Linear: SwitchableLinear, Embedding: SwitchableEmbedding}
 
 
+P = ParamSpec("P")
+
+# Held while adapters join or leave a model: threads that do so at once follow one another.
+_changing = threading.RLock()
+
+
+def one_at_a_time(change: Callable[P, None]) -> Callable[P, None]:
+    """A function that changes which adapters a model carries, called by one thread at a time."""
+
+    @wraps(change)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> None:
+        with _changing:
+            change(*args, **kwargs)
+
+    return alone
+
+
+@one_at_a_time
 def attach_adapters(
     model: Idefics2,
     *,
@@ -360,8 +394,8 @@ def install(model: Idefics2, name: str | None, layers: Mapping[str, Adapted], br
             module = SWITCHABLE[type(module)](adapter.base).train(adapter.base.training)
             module.adapters[name] = adapter
             model.set_submodule(place, module)
-        else:
-            module.adapters[name] = adapter
+        else:  # another dictionary in the place of the one through which a call may be walking
+            module.adapters = nn.ModuleDict({**module.adapters, name: adapter}).train(module.training)
     model.choice.brought[name] = brought or Brought()
     if name is not None:
         model.choice.names.append(name)
@@ -440,7 +474,7 @@ def refresh_norms(model: nn.Module) -> None:
     """
     for layer in adapted(model).values():
         if layer.magnitude is not None and isinstance(layer, AdaptedLinear):
-            layer.norm = _norms(layer)
+            layer.keep(_norms(layer))
 
 
 def _norms(layer: AdaptedLinear) -> Tensor:
@@ -475,6 +509,7 @@ class Kept:
     brought: dict[str | None, Brought]
 
 
+@one_at_a_time
 @torch.no_grad()
 def merge_adapters(model: Idefics2, name: str | None = None, *, keep: bool = False) -> None:
     """Writes g * (W + s B A) into the weights and takes the adapters off, in place. The products are made in fp32.
@@ -484,12 +519,14 @@ def merge_adapters(model: Idefics2, name: str | None = None, *, keep: bool = Fal
         keep: adapters, and the base's weights in the host's memory, are kept for `unmerge_adapters`.
 
     Raises:
-        ValueError: a model without adapters, or without this one; PEFT's `lora_bias` on a layer without a bias.
+        ValueError: a model without adapters, or without this one; PEFT's `lora_bias` on a layer without a bias; a product that is
+            beyond fp16.
     """
     layers, choice, kept = layers_of(model, name), model.choice, {}
     for place, layer in layers.items():
         if layer.shift is not None and layer.base.bias is None:
             raise ValueError(f"{place} has a bias of the adapter's (lora_bias), and none of its own: it cannot be merged")
+        _require_fits(place, layer)
     for place, module in list(model.named_modules()):
         if not isinstance(module, Adapted | SwitchableLinear | SwitchableEmbedding) or ".adapters." in place:
             continue
@@ -507,6 +544,18 @@ def merge_adapters(model: Idefics2, name: str | None = None, *, keep: bool = Fal
     choice.usual = None
 
 
+def _require_fits(place: str, layer: Adapted) -> None:
+    """Refuses a layer in fp16 whose merged weight is beyond it, before any weight is written."""
+    if (dtype := layer.base.weight.dtype) != torch.float16:
+        return
+    whole = copy.copy(layer)
+    whole._modules = {**layer._modules, "base": copy.deepcopy(layer.base).float()}
+    bound, largest = torch.finfo(dtype).max, whole.weight.abs().max().item()
+    if not largest <= bound:
+        raise ValueError(f"{place} would have a weight of {largest:g} merged, expected {bound:g} at most in fp16: use bfloat16 or float32")
+
+
+@one_at_a_time
 @torch.no_grad()
 def unmerge_adapters(model: Idefics2) -> None:
     """Undoes `merge_adapters(model, keep=True)`, in place: the base has the bits that it had, and carries its adapters again.

@@ -280,7 +280,14 @@ class Idefics2(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes config.json, generation_config.json and safetensors that transformers loads as the same model, bit by bit."""
+        """Writes config.json, generation_config.json and safetensors that transformers loads as the same model, bit by bit.
+
+        Raises:
+            ValueError: a model that carries adapters, which would be lost.
+        """
+        if self.choice.brought:
+            names = ", ".join(self.choice.names) or "one without a name"
+            raise ValueError(f"the model carries adapters ({names}), expected none: merge_adapters first, or save_adapters beside the base")
         weights.save_checkpoint(self.hf_tensors(), self.config.to_hf(), Path(path), generation=self.generation_config)
 
     def generate(self, batch: Batch, **settings: Any) -> Generation:

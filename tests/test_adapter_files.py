@@ -51,6 +51,11 @@ FORMULAS = {
         "exclude_modules": ["v_proj"],
         "target_modules": ["q_proj", "v_proj"],
     },
+    "a module by its whole name, in another layer": {
+        "layers_to_transform": [1],
+        "target_modules": ["model.text_model.layers.0.self_attn.q_proj", "v_proj"],
+    },
+    "modules by the end of their names": {"modules_to_save": ["head", "text_model.norm"], "target_modules": TEXT},
     "fan in, fan out": {"fan_in_fan_out": True, "target_modules": ["q_proj", "embed_tokens"]},
     "modules trained whole": {"modules_to_save": ["connector", "lm_head", "embed_tokens", "layer_norm1"], "target_modules": TEXT},
     "every linear layer": {"target_modules": "all-linear", "use_dora": True},

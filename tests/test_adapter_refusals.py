@@ -103,6 +103,7 @@ IN_CONFIG = {
     "parameters as targets": ({"target_parameters": ["latents"]}, "target_parameters"),
     "a field of tomorrow": ({"use_new_formula": True}, "use_new_formula = True"),
     "another method": ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
+    "another method's fields": ({"alpha": 8, "peft_type": "LOKR"}, "peft_type = 'LOKR', expected 'LORA'"),
     "no method": ({"peft_type": None}, "no peft_type"),
     "biases that are not there": ({"bias": "all"}, "bias = 'all', expected .*bias in adapter_model"),
     "biases: text": ({"bias": "some"}, "bias = 'some'"),

@@ -89,6 +89,43 @@ def test_named_adapters_within_another_call(model):
         use_adapter(model, "fr")
 
 
+def test_attach_adapters_beside_generate():
+    """A server takes adapters while it answers: no answer fails or changes."""
+    model, asked = carrying("fr"), batch("fr")
+    expected, done = generates(model, asked), threading.Event()
+
+    def serve() -> int:
+        answers = 0
+        while not done.is_set() or not answers:
+            assert torch.equal(generates(model, asked), expected)
+            answers += 1
+        return answers
+
+    with ThreadPoolExecutor(2) as threads:
+        served = [threads.submit(serve) for _ in range(2)]
+        try:
+            for seed in range(6):
+                attach_adapters(model, name=f"new {seed}", rank=1, targets=("text",))
+        finally:
+            done.set()
+        assert all(answers.result(timeout=60) for answers in served)
+
+
+def test_attach_adapters_of_one_name_in_threads():
+    model = carrying("fr")
+
+    def attach(seed: int) -> bool:
+        try:
+            attach_adapters(model, name="de", rank=1, targets=("vision", "text"), seed=seed)
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(attach, range(4))) == 1
+    assert model.choice.names == ["fr", "de"]
+
+
 def test_norms_after_concurrent_generate():
     """Two calls that overlap, the first ends first, then a step of training: the norms are those of the new weights."""
     model, asked = carrying(None), replace(batch(None), adapters=())

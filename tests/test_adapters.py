@@ -145,6 +145,28 @@ def test_norms_that_are_kept_change_when_they_are_refreshed():
     torch.testing.assert_close(layer.norm, dense.detach().norm(dim=1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("write", [lambda model, other: model.load_state_dict(other.state_dict()), lambda model, _: in_place(model)])
+def test_refresh_norms_and_weights_written_later(write):
+    """Norms that are kept are of weights that are still there: other weights are loaded, or somebody's optimizer writes them."""
+    model, other = base_model(), base_model()
+    for seed, one in enumerate((model, other)):
+        moved(one, None, seed, rank=4)
+    refresh_norms(model)
+    write(model, other)
+    fresh = base_model()
+    attach_adapters(fresh, rank=4, alpha=6)
+    fresh.load_state_dict(model.state_dict())
+    _, (batch, *_) = documents(None)
+    with torch.no_grad():
+        assert torch.equal(model(batch), fresh(batch))
+
+
+def in_place(model: Idefics2) -> None:
+    with torch.no_grad():
+        for layer in adapted(model).values():
+            layer.b.add_(0.5)
+
+
 # --- several on one base ---
 
 EVERYWHERE = ("vision", "connector", "text", "head")
@@ -328,6 +350,32 @@ def test_unmerging_gives_the_bits_back(dtype, name):
     assert all(torch.equal(weight, weights[place]) for place, weight in model.hf_tensors().items())
     with pytest.raises(ValueError, match="nothing to unmerge"):
         unmerge_adapters(model)
+
+
+@pytest.mark.parametrize("targets", [("text",), ("vision", "head")])
+def test_merge_adapters_beyond_fp16(targets):
+    """Refused by the layer's name, and the model is as it was."""
+    model = base_model().to(torch.float16)
+    moved(model, None, 0, rank=1, dora=False, targets=targets)
+    last = [*adapted(model).values()][-1]
+    last.b.data.fill_(1e7)
+    before = {place: weight.clone() for place, weight in model.hf_tensors().items()}
+    with pytest.raises(ValueError, match=r"would have a weight of .* merged, expected 65504 at most in fp16"):
+        merge_adapters(model)
+    assert adapted(model)
+    assert all(torch.equal(weight, before[place]) for place, weight in model.hf_tensors().items())
+
+
+@pytest.mark.parametrize("name", [None, "fr"])
+def test_save_pretrained_beneath_adapters(name, tmp_path):
+    """The format of a whole model has no place for them: they are not left out in silence."""
+    model = base_model()
+    attach_adapters(model, name=name, rank=1)
+    with pytest.raises(ValueError, match=rf"carries adapters \({name or 'one without a name'}\), expected none: merge_adapters first"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    merge_adapters(model, name)
+    model.save_pretrained(tmp_path / "model")
 
 
 # --- dropout ---

@@ -345,6 +345,7 @@ class _Run:
             if self.group.first:
                 plain = Idefics2(self.trainer.model.config)
                 plain.load_state_dict(state)
+                plain.generation_config = self.trainer.model.generation_config
                 plain.to(DTYPES[self.recipe.dtype]).save_pretrained(folder)
         else:
             save_adapters(self.trainer.model, folder, base=self.recipe.model)

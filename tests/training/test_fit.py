@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
 
@@ -96,13 +97,16 @@ def test_another_recipe_is_refused_in_the_same_folder(corpus, tmp_path):
 
 @pytest.mark.parametrize("adapter", ["dora", pytest.param("full", marks=pytest.mark.slow)])
 def test_what_a_run_leaves_behind_is_what_was_trained(corpus, tmp_path, adapter):
-    trainers = []
+    trainers, base = [], tmp_path / "base"
+    shutil.copytree(corpus / "model", base)
+    (base / "generation_config.json").write_text(json.dumps({"bad_words_ids": [[32001]], "max_new_tokens": 7}))
     init = Trainer.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "__init__", lambda self, *args, **others: (trainers.append(self), init(self, *args, **others))[1])
-        result = fit(recipe_of(corpus, tmp_path, adapter=adapter, steps=3))
+        result = fit(replace(recipe_of(corpus, tmp_path, adapter=adapter, steps=3), model=str(base)))
     if adapter == "full":
         loaded = Idefics2.from_pretrained(result.weights)
+        assert loaded.generation_config.items() >= {"bad_words_ids": [[32001]], "max_new_tokens": 7}.items()
     else:
         loaded = Idefics2.from_pretrained(corpus / "model")
         load_adapters(loaded, result.weights)
