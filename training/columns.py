@@ -93,8 +93,20 @@ def looked_at(columns: Collection[str]) -> list[str]:
     return first + [
         name
         for name in columns
-        if name not in IMAGES and (name in names or name.lower() in CONTENT or OTHER_IMAGES.fullmatch(name.lower()))
+        if name not in IMAGES and (name.lower() in names or name.lower() in CONTENT or OTHER_IMAGES.fullmatch(name.lower()))
     ]
+
+
+def refuse_other_cases(part: Mapping[str, Any], read: Collection[str], where: str) -> None:
+    """Refuses a row or a message with a part that would be read if it were written in lower case.
+
+    Raises:
+        ValueError: there is such a part, and it is not empty. 0 and False say something, of a switch.
+    """
+    for name, value in part.items():
+        said = not is_empty(value) or isinstance(value, int)
+        if isinstance(name, str) and name not in read and name.lower() in read and said:
+            raise ValueError(f"{where} has {name}: {short(value)}, which is not read: expected it to be called {name.lower()}")
 
 
 class Unread:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from PIL import Image
@@ -160,12 +160,36 @@ def _contents(image: ImageReference) -> bytes:
         return hashlib.sha256(image).digest()
     if not isinstance(image, Image.Image):
         return b""
-    stream = getattr(image, "fp", None)
-    if stream is None:
-        data = image.tobytes()
+    stream = getattr(image, "fp", None) or getattr(image, "_fp", None)
+    if stream is None or stream.closed:
+        data = image.tobytes() + _beside_pixels(image)
+    elif isinstance(stream, io.BytesIO):
+        data = stream.getvalue()
+    elif Path(name := str(getattr(stream, "name", ""))).is_file():
+        data = _digest_of_image(name).encode()
     else:
-        data = stream.getvalue() if isinstance(stream, io.BytesIO) else str(getattr(image, "filename", "")).encode()
-    return hashlib.sha256(repr((image.size, image.mode)).encode() + data).digest()
+        data = _all_of(stream)
+    frame = image.tell()
+    shown = repr((image.size, image.mode)) + (f" frame {frame}" if frame else "")
+    return hashlib.sha256(shown.encode() + data).digest()
+
+
+def _all_of(stream: IO[bytes]) -> bytes:
+    """What a stream holds; it stands where it stood."""
+    try:
+        place = stream.tell()
+        stream.seek(0)
+        data = stream.read()
+        stream.seek(place)
+    except (OSError, ValueError):
+        return b"absent"
+    return data
+
+
+def _beside_pixels(image: Image.Image) -> bytes:
+    """What of an image decides its colours beside the pixels; b"" for most."""
+    palette, clear = image.getpalette("RGBA") if image.mode in ("P", "PA") else None, image.info.get("transparency")
+    return repr((palette, clear)).encode() if palette is not None or clear is not None else b""
 
 
 def of_image_files(source: Source) -> dict[str, str]:

@@ -27,6 +27,7 @@ from idefics2_fast.training.columns import (
     is_empty,
     looked_at,
     note_nothing,
+    refuse_other_cases,
     refuse_other_images,
     refuse_parts,
 )
@@ -147,6 +148,7 @@ def read_row(
     images = images or inside
     if not images:
         refuse_other_images(row)
+    refuse_other_cases(row, IMAGES, "the row")
     turns = _with_system(row, turns, marks)
     _check_roles(turns)
     marks.check(len(images))
@@ -169,6 +171,7 @@ def _says(turn: Turn, images: bool = False) -> bool:
 
 def _check_columns(row: Mapping[str, Any], name: str, note: NoteUnread) -> None:
     refuse_parts(row, CONTENT, "the row")
+    refuse_other_cases(row, (*SYSTEM, *ROW_SWITCHES), "the row")
     for switch in ROW_SWITCHES:
         value = row.get(switch)
         if switch in row and not _is_missing(value) and _switch(switch, value) is False:
@@ -341,6 +344,7 @@ def _fields(message: Any, first: str, second: str, *, where: str) -> tuple[Any, 
 def _check_message(message: Any, read: tuple[str, str], note: NoteUnread) -> None:
     if isinstance(message, Mapping):
         refuse_parts(message, OF_MESSAGES, "a message")
+        refuse_other_cases(message, SWITCHES, "a message")
         note(message.keys() - {*read, *SWITCHES}, "field of messages")
 
 

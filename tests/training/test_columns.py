@@ -344,3 +344,26 @@ def test_names_that_are_not_read_do_not_fill_the_log(caplog: pytest.LogCaptureFi
     source.read(0)
     assert len(caplog.records) == 100
     assert max(len(record.getMessage()) for record in caplog.records) < 200
+
+
+OTHER_CASES = [
+    ({"System": "Be brief."}, {}, "the row has System: 'Be brief.', which is not read: expected it to be called system"),
+    ({"Weight": 0}, {}, "the row has Weight: 0"),
+    ({"image": "a.png", "Images": ["b.png"]}, {}, "the row has Images"),
+    ({}, {"Weight": 0}, "a message has Weight: 0, which is not read: expected it to be called weight"),
+    ({}, {"TRAIN": False}, "a message has TRAIN: False"),
+]
+
+
+@pytest.mark.parametrize(("row", "answer", "message"), OTHER_CASES)
+def test_names_in_capitals_are_not_dropped(row: dict, answer: dict, message: str, tmp_path: Path) -> None:
+    """What would be read in lower case is neither read nor passed over; in Parquet's columns either."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", **answer}]
+    whole = {"messages": messages, **row}
+    with pytest.raises(ValueError, match=message):
+        read_row(whole, "k")
+    parquet.write_table(pa.Table.from_pylist([whole]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "a.parquet").read(0)
+    empty = {name: None for name in row if name != "image"}
+    assert read_row(whole | empty | {"messages": [{**m, **dict.fromkeys(answer)} for m in messages]}, "k").turns

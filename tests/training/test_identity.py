@@ -109,7 +109,37 @@ def stored_image(colour: int) -> Image.Image:
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
-@pytest.mark.parametrize("image", [lambda n: picture(30, 40 + n), memory_image, stored_image], ids=["bytes", "memory", "opened"])
+def palette_image(colour: int) -> Image.Image:
+    image = Image.new("P", (30, 40), 1)
+    image.putpalette([0, 0, 0, colour, 0, 0])
+    return image
+
+
+def clear_image(colour: int) -> Image.Image:
+    image = Image.new("L", (30, 40), 2)
+    image.info["transparency"] = colour
+    return image
+
+
+def frame(number: int) -> Image.Image:
+    buffer = io.BytesIO()
+    memory_image(9).save(buffer, "GIF", save_all=True, append_images=[memory_image(20 * n) for n in range(1, 6)])
+    image = Image.open(buffer)
+    image.seek(number)
+    return image
+
+
+IN_MEMORY = {
+    "bytes": lambda n: picture(30, 40 + n),
+    "memory": memory_image,
+    "opened": stored_image,
+    "palette": palette_image,
+    "transparency": clear_image,
+    "frame": frame,
+}
+
+
+@pytest.mark.parametrize("image", IN_MEMORY.values(), ids=IN_MEMORY)
 def test_of_data_sees_an_edit_of_rows_in_memory(image: Callable[[int], object]) -> None:
     def rows(*colours: int) -> list[dict]:
         return [{"images": [image(n)], "texts": [{"user": "?", "assistant": "!"}]} for n in colours]
@@ -118,6 +148,22 @@ def test_of_data_sees_an_edit_of_rows_in_memory(image: Callable[[int], object]) 
     texts = [row | {"texts": [{"user": "?", "assistant": "."}]} for row in rows(1, 2, 3)]
     others = [rows(2, 1, 3), rows(1, 2, 4), rows(1, 2), rows(1, 2, 3, 3), texts]
     assert all(data_of(other) != data_of(rows(1, 2, 3)) for other in others)
+
+
+@pytest.mark.parametrize("opened", [Image.open, lambda path: Image.open(open(path, "rb"))], ids=["path", "file"])
+def test_of_data_of_images_opened_from_files(opened: Callable[[Path], Image.Image], tmp_path: Path) -> None:
+    """An edited file is seen, a folder may move, and nothing is decoded."""
+
+    def rows(folder: str) -> list[dict]:
+        return [{"images": [opened(tmp_path / folder / "a.png")], "texts": [{"user": "?", "assistant": "!"}]}]
+
+    for folder, colour in (("first", 1), ("moved", 1), ("edited", 2)):
+        (tmp_path / folder).mkdir()
+        memory_image(colour).save(tmp_path / folder / "a.png")
+    first = rows("first")
+    assert data_of(first) == data_of(rows("moved")) != data_of(rows("edited"))
+    assert first[0]["images"][0].fp is not None
+    assert first[0]["images"][0].getpixel((0, 0)) == (1, 0, 0)
 
 
 def test_of_data_takes_a_fingerprint_for_the_rows() -> None:
