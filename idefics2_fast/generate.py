@@ -16,6 +16,7 @@ from idefics2_fast.generation_config import (
     Document,
     check_generation_config,
     check_ids,
+    eos_ids,
     processors,
     require_computed,
     warpers,
@@ -92,7 +93,7 @@ def generate(
         temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn. Greedy where the file has no `do_sample`.
         top_p: draw from the smallest set of tokens whose probability reaches this (nucleus sampling, arXiv 1904.09751); 1.
         seed: document d draws from a generator of its own, seeded by (seed, d), or by its entry of a list of D seeds.
-        stop_tokens: ids that end a document.
+        stop_tokens: ids that end a document, in place of `eos_token_id` in the file, or in config.json where the file has none.
         stop_strings: texts that end a document; one that names a special token counts as that token. Text around a special token, which
             an answer's text does not show, is refused.
         bad_words: words that are never completed. Ids are matched with prompt and answer; a text does not appear in the answer's
@@ -120,7 +121,7 @@ def generate(
     batch = replace(model.routed(batch), norms=_norms(model))
     if batch.tokenizer is None and (settings.stop_strings or any(isinstance(word, str) for word in bad_words or ())):
         raise ValueError("stop_strings and bad_words given as text need a tokenizer: make the batch with a Processor, or give ids")
-    stop_ids, strings = _stops(model, batch, stop_tokens, settings.stop_strings)
+    stop_ids, strings = _stops(model, batch, stop_tokens, settings)
     words = _file_words(settings.values, stop_ids) if bad_words is None else bad_words
     ids, texts = _split_words(words, batch.tokenizer)
     bans = _Bans(ids, model.config.text.vocab_size, model.device)
@@ -292,8 +293,11 @@ def _check_tokens(model: Idefics2, batch: Batch) -> None:
             raise ValueError(f"{found}: make it with the Processor of this model")
 
 
-def _stops(model: Idefics2, batch: Batch, tokens: Sequence[int] | None, strings: Sequence[str]) -> tuple[set[int], list[str]]:
-    ids = set(model.config.eos_token_ids if tokens is None else tokens)
+def _stops(model: Idefics2, batch: Batch, tokens: Sequence[int] | None, settings: _Settings) -> tuple[set[int], list[str]]:
+    strings, vocab_size = settings.stop_strings, model.config.text.vocab_size
+    ids = set(eos_ids(settings.values, model.config.eos_token_ids) if tokens is None else tokens)
+    if tokens is None and min(ids) >= vocab_size:  # a text would never end
+        raise ValueError(f"eos_token_id is {sorted(ids)}, expected an id of the vocabulary of {vocab_size}, or stop_tokens")
     if any(not string for string in strings):
         raise ValueError("stop_strings holds an empty string: expected text")
     special = _unshown(batch.tokenizer) if strings else {}

@@ -170,7 +170,7 @@ class Processor:
         """
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
-        return self._batch(texts, _images_of_prompts(images, len(texts), single), add_special_tokens=True)
+        return self._batch(texts, _images_of_prompts(images, len(texts), single))
 
     def chat(
         self,
@@ -204,9 +204,7 @@ class Processor:
                 raise ValueError("images are given both inside the conversations and separately: expected one of the two")
             sources = _images_of_prompts(images, len(plain), single)
         texts = [self._templated(c, f"conversation {i}", add_generation_prompt) for i, c in enumerate(plain)]
-        bos = self.tokenizer.bos_token
-        templated_bos = bool(texts) and bos is not None and texts[0].startswith(bos)
-        return self._batch(texts, sources, add_special_tokens=not templated_bos)
+        return self._batch(texts, sources, templated=True)
 
     def _templated(self, messages: list[dict[str, Any]], name: str, add_generation_prompt: bool) -> str:
         try:
@@ -223,9 +221,16 @@ class Processor:
         """The text of token ids."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def _batch(self, texts: list[str], images: Sequence[Sequence[ImageSource]], *, add_special_tokens: bool) -> Batch:
+    def _batch(self, texts: list[str], images: Sequence[Sequence[ImageSource]], *, templated: bool = False) -> Batch:
+        """The batch of finished prompts. A chat template writes the BOS itself for all conversations, some or none."""
         self._check_prompts(texts, images)
-        documents = self.tokenizer([self.expand_marks(text) for text in texts], add_special_tokens=add_special_tokens)["input_ids"]
+        bos = self.tokenizer.bos_token if templated else None
+        adds = [bos is None or not text.startswith(bos) for text in texts]
+        expanded = [self.expand_marks(text) for text in texts]
+        if len({*adds}) == 1:
+            documents = self.tokenizer(expanded, add_special_tokens=adds[0])["input_ids"]
+        else:
+            documents = [self.tokenizer(text, add_special_tokens=add)["input_ids"] for text, add in zip(expanded, adds, strict=True)]
         for index, document in enumerate(documents):
             if self.max_positions is not None and len(document) > self.max_positions:
                 raise ValueError(f"prompt {index} has {len(document)} tokens, expected at most {self.max_positions}, the model's positions")
@@ -255,6 +260,8 @@ class Processor:
                 raise ValueError(f"prompt {index} is a {type(text).__name__}, expected a str")
             if not text:
                 raise ValueError(f"prompt {index} is empty, expected text")
+            if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+                raise ValueError(f"prompt {index} holds {half[0]!r}, half of a character: expected valid Unicode")
             marks = text.count(self.image_token)
             if marks != len(sources):
                 raise ValueError(f"prompt {index} has {marks} {self.image_token} marks and {len(sources)} images, expected as many of both")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import replace
@@ -193,6 +194,17 @@ def test_stop_strings_and_sampling_of_the_file(folder: Path, prompts: list[Any])
         Idefics2.from_pretrained(folder).generate(batch)
 
 
+@pytest.mark.parametrize("of_all", [True, False])
+def test_generate_ends_where_generation_config_says(ours: Idefics2, prompts: list[Any], plain: list[list[int]], of_all: bool) -> None:
+    """The end tokens of a generation_config that is given, or set on the model, stand in place of config.json's."""
+    model, given = copy.copy(ours), {"eos_token_id": [plain[0][3], 40000]}
+    model.generation_config = given if of_all else {}
+    settings = {} if of_all else {"generation_config": given}
+    answer = model.generate(to_batch(prompts[:1], TINY), max_new_tokens=NEW, **settings)
+    assert answer.tokens[0] == plain[0][: plain[0].index(plain[0][3]) + 1]
+    assert answer.finish == ["stop"]
+
+
 def test_what_is_not_applied_is_named_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(folder, {"max_time": 3.0, "num_return_sequences": 2, "made_up": 1, "use_cache": True, "output_scores": False})
     with caplog.at_level(logging.WARNING):
@@ -235,6 +247,7 @@ def test_values_of_another_kind_are_named(folder: Path, values: dict[str, Any], 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"eos_token_id": [40000, 300]}, r"eos_token_id is \[300, 40000\], expected an id of the vocabulary of 300, or stop_tokens"),
         ({"suppress_tokens": [40000]}, "suppress_tokens holds 40000, expected ids of the vocabulary of 300"),
         ({"sequence_bias": [[[1, 40000], 1.0]]}, "sequence_bias holds 40000"),
         ({"forced_eos_token_id": 40000}, "forced_eos_token_id holds 40000"),

@@ -170,6 +170,19 @@ def test_a_template_that_writes_the_bos_token_is_not_given_another(copy: Path) -
     assert expected[0].count(1) == 1
 
 
+def test_chat_of_a_template_that_writes_the_bos_token_at_times(copy: Path) -> None:
+    """Each conversation has one, as when it is alone."""
+    template = copy / "chat_template.jinja"
+    template.write_text("{% if messages[0]['role'] == 'system' %}{{ bos_token }}{% endif %}" + template.read_text())
+    user = {"role": "user", "content": "Hi"}
+    chats = [[user], [{"role": "system", "content": "Be brief."}, user]]
+    processor = Processor.from_pretrained(copy)
+    for conversations in (chats, chats[::-1]):
+        tokens = documents(processor.chat(conversations))
+        assert tokens == [documents(processor.chat(chat))[0] for chat in conversations]
+        assert all(document.count(1) == 1 for document in tokens)
+
+
 @pytest.mark.parametrize("key", ["image", "path", "url"])
 def test_images_inside_a_chat_are_those_given_beside_it(processor: Processor, tmp_path: Path, key: str) -> None:
     sources = [photo(seed) for seed in range(2)]
@@ -449,6 +462,7 @@ def test_code_in_a_checkpoint_is_not_run(copy: Path) -> None:
         ("<image>a", [SMALL, SMALL], "prompt 0 has 1 <image> marks and 2 images"),
         (["a", ""], None, "prompt 1 is empty, expected text"),
         ("", None, "prompt 0 is empty"),
+        (["a", "b\ud800"], None, r"prompt 1 holds '\\ud800', half of a character"),
         ([], None, "no prompt is given"),
         (["a", 5], None, "prompt 1 is a int, expected a str"),
         (["a", "b"], [[]], "images has 1 lists for 2 prompts, expected one list per prompt"),
