@@ -156,7 +156,8 @@ class AdapterConfig:
         fields = {}
         for name, (default, check, expected) in READ.items():
             value = raw.get(name)
-            if value is not None and not check(value):
+            no_number = value is None and name in raw and type(default) is int  # PEFT's default is that of a field that is left out
+            if no_number or (value is not None and not check(value)):
                 raise ValueError(f"{path} has {name} = {value!r:.200}, expected {expected}")
             fields[name] = default if value is None else value
         if fields["lora_bias"] and fields["use_dora"]:

@@ -104,6 +104,7 @@ IN_CONFIG = {
     "a field of tomorrow": ({"use_new_formula": True}, "use_new_formula = True"),
     "another method": ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
     "another method's fields": ({"alpha": 8, "peft_type": "LOKR"}, "peft_type = 'LOKR', expected 'LORA'"),
+    "no number for alpha": ({"lora_alpha": None}, "lora_alpha = None, expected a finite number"),
     "no method": ({"peft_type": None}, "no peft_type"),
     "biases that are not there": ({"bias": "all"}, "bias = 'all', expected .*bias in adapter_model"),
     "biases: text": ({"bias": "some"}, "bias = 'some'"),

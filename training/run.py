@@ -12,6 +12,7 @@ The folder of a run holds
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -19,8 +20,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +274,7 @@ class _Run:
             try:
                 if now != self.saved and self.loader.begun:
                     state = run_state(self.trainer.model, self.trainer.optimizer)
-                    self.checkpoints.save(self.done, state, extra, asynchronous=not wait)
+                    self.checkpoints.save(self.done, state, extra | {"libraries": libraries()}, asynchronous=not wait)
                     self.saved = now
                 elif wait:
                     self.checkpoints.wait()
@@ -308,7 +310,7 @@ class _Run:
             raise ValueError(f"steps is {self.recipe.steps}, and the run in {self.out} has done {loaded.step}: expected as many or more")
         identity = self.checkpoints.identity
         if loaded.identity is not None:
-            self.saved = {"step": loaded.step, **loaded.extra}
+            self.saved = {"step": loaded.step, "loader": loaded.extra["loader"], "guard": loaded.extra["guard"]}
             before = loaded.identity["recipe"]["steps"]
             remarks = []
         else:
@@ -317,6 +319,9 @@ class _Run:
         if before != self.recipe.steps:
             rate = "" if self.recipe.schedule == "constant" else f"; the {self.recipe.schedule} schedule is drawn over them from here on"
             remarks.append(f"{self.recipe.steps} steps, and {before} before{rate}")
+        now, saved = libraries(), loaded.extra.get("libraries", {})
+        if others := [f"{name} {now[name]}, and {version} before" for name, version in saved.items() if now.get(name, version) != version]:
+            remarks.append(f"{'; '.join(others)}: steps from here on need not have the bits of the run so far")
         return loaded.step, remarks
 
     def _restore(self, before: int | None = None) -> Loaded | None:
@@ -353,6 +358,16 @@ class _Run:
             self.processor.save_pretrained(folder)
         dist.barrier()
         return folder
+
+
+@functools.cache
+def libraries() -> dict[str, str]:
+    """The versions of what makes a step's numbers, where they are installed by these names."""
+    versions = {}
+    for name in ("idefics2-fast", "torch", "transformers", "tokenizers", "pillow"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -86,6 +86,15 @@ def test_fit_goes_on_with_more_steps_and_from_format_1(corpus, tmp_path, keys):
 
 
 @pytest.mark.slow
+def test_fit_goes_on_with_other_libraries_and_names_them(corpus, tmp_path, keys, monkeypatch):
+    now, said = run_module.libraries(), "pillow 0.1, and 0.0 before: steps from here on need not have the bits of the run so far"
+    for pillow, steps in (("0.0", 1), ("0.1", 2), ("0.1", 3)):
+        monkeypatch.setattr(run_module, "libraries", lambda pillow=pillow: now | {"pillow": pillow})
+        fit(recipe_of(corpus, tmp_path, steps=steps))
+    assert [reason for reason in events(tmp_path) if "pillow" in reason] == [said]
+
+
+@pytest.mark.slow
 def test_fit_refuses_other_inputs_and_names_them(corpus, tmp_path, keys):
     shutil.copytree(corpus, tmp_path / "corpus")
     here = tmp_path / "corpus"
