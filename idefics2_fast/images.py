@@ -351,10 +351,16 @@ def _open_pillow(image: Image.Image, max_pixels: int, limits: ImageLimits) -> _O
 
 
 def _undecoded(image: Image.Image, limits: ImageLimits) -> bytes | None:
-    """The file of an image that is opened and not yet decoded; None of one whose pixels are in memory, or whose file is closed."""
+    """The file of an image that is opened and not yet decoded; None of one whose pixels are in memory.
+
+    Raises:
+        ValueError: its file is closed.
+    """
     file = getattr(image, "fp", None)
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile or file is None or file.closed:
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return None
+    if file is None or file.closed:
+        raise ValueError("the PIL image cannot be decoded: its file was closed first, expected an open one, or image.load() before")
     place = file.tell()
     try:
         require_file_bytes(file.seek(0, os.SEEK_END), "its file", limits)
@@ -464,7 +470,7 @@ def _decoding_errors_name(name: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # a damaged file makes Pillow's many decoders raise almost anything
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
+        raise ValueError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def _forget_other_threads() -> None:

@@ -105,6 +105,17 @@ def test_an_image_of_a_path_in_several_threads(tmp_path: Path) -> None:
                 assert all(torch.equal(each.result().patches[: len(expected)], expected) for each in made)
 
 
+def test_an_image_whose_file_is_closed(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as unread:
+        pass
+    with pytest.raises(ValueError, match="image 0: the PIL image cannot be decoded: its file was closed first, expected an open one"):
+        pack_images([unread])
+    with Image.open(tmp_path / "a.png") as read:
+        read.load()
+    assert len(pack_images([read]).patches)
+
+
 def test_an_array_in_several_places() -> None:
     array = np.asarray(noise(0, "RGBA"))
     expected = pack_images([array.copy()]).patches
