@@ -66,7 +66,7 @@ class Planner:
         upscale_max: M of Triangular(1.5, M, M), from which the factor is drawn.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range; a tokenizer without chat template, BOS or EOS.
     """
 
     processor: Processor
@@ -85,6 +85,9 @@ class Planner:
             raise ValueError(f"upscale_max is {self.upscale_max}, expected {MIN_UPSCALE} or more")
         if self.processor.tokenizer.chat_template is None:
             raise ValueError("the checkpoint has no chat template: training on conversations needs one")
+        for name in ("bos_token", "eos_token"):
+            if getattr(self.processor.tokenizer, name) is None:
+                raise ValueError(f"the checkpoint's tokenizer has no {name}: expected one for each document")
         # Made here and not when wanted: a new processor adds tokens to the tokenizer, which other threads may not be using then.
         object.__setattr__(self, "_processors", [replace(self.processor, split_images=split) for split in (False, True)])
 

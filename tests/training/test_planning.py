@@ -206,3 +206,14 @@ def test_draws_do_not_change() -> None:
 def test_settings_out_of_range(planner: Planner, setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{setting} is {value}"):
         replace(planner, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("chat_template", "no chat template"), ("bos_token", "no bos_token"), ("eos_token", "no eos_token")],
+)
+def test_planner_needs_of_the_tokenizer(processor: Processor, name: str, message: str) -> None:
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    setattr(tokenizer, name, None)
+    with pytest.raises(ValueError, match=f"the checkpoint.* {message}"):
+        Planner(replace(processor, tokenizer=tokenizer), seed=5, tokens=4096, patches=4096)
