@@ -24,6 +24,13 @@ OTHER_DECODER_BYTES = 8
 
 # EXIF blocks of a JPEG are joined one by one.
 MAX_EXIF_SEGMENTS = 256
+# Pillow makes Python objects of EXIF's numbers: 8 million fractions take 2.5 GB.
+MAX_EXIF_BYTES = 4 << 20
+# Pillow passes over what stands between a JPEG's segments byte by byte, and reads a PPM's header so.
+MAX_JUNK_BYTES, MAX_PPM_HEADER = 1 << 20, 1 << 16
+# Of a file whose decoder is written in Python (BMP with runs, DDS of plain pixels, PPM in decimals
+# or of another depth than 8 bits), which takes 2 to 4 seconds a million.
+MAX_PYTHON_PIXELS = 1 << 23
 # Values of a TIFF tag, which become Python objects: tiles of 16 x 16 pixels fill 268 million.
 MAX_TAG_VALUES = 1 << 20
 
@@ -107,6 +114,13 @@ def require_memory(image: Image.Image, data: bytes | None, limits: ImageLimits, 
         per_pixel += 0 if image.mode == "RGB" else RGB_BYTES
     if image.mode == "F":
         per_pixel += 3 * 4  # the search for NaN
+    if data is not None and image.tile and image.tile[0][0] in Image.DECODERS:
+        require_size(image.height, image.width, max_pixels, limits)
+        if image.height * image.width > MAX_PYTHON_PIXELS:
+            raise ValueError(
+                f"the {image.format} has {image.height}x{image.width} pixels (height x width) in an encoding"
+                f" that is slow to read, expected at most {MAX_PYTHON_PIXELS} in all"
+            )
     sizes = [(image.height, image.width), *(_inner_sizes(image, data) if data else ())]
     for height, width in sizes:
         require_size(height, width, max_pixels, limits)
@@ -132,6 +146,8 @@ def check_headers(data: bytes, max_pixels: int, limits: ImageLimits) -> None:
         _require_segments(_gif_blocks(data), "blocks before its first frame", limits)
     elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         _check_tiff(data, limits)
+    elif data[:1] == b"P" and data[1:2] in b"123456":
+        _check_ppm(data)
     elif data.startswith(b"\0\0\1\0"):  # Pillow decodes an icon where it opens it
         for height, width in _sizes_in_icon(data):
             require_size(height, width, max_pixels, limits)
@@ -146,10 +162,13 @@ def _require_segments(segments: Iterator[None], what: str, limits: ImageLimits) 
 
 def _check_jpeg(data: bytes, limits: ImageLimits) -> None:
     """Counts the segments of the header, and the scans."""
-    header, exif, scans, at = 0, 0, 0, 2
+    header, exif, scans, junk, at = 0, 0, 0, 0, 2
     few = data.count(b"\xff\xda") <= limits.jpeg_scans
     while marker := JPEG_MARKER.search(data, at):
-        kind, at = marker[1][0], marker.end()
+        kind, before, at = marker[1][0], at, marker.end()
+        junk += 0 if scans else at - 2 - before
+        if junk > MAX_JUNK_BYTES:
+            break
         if kind == END_OF_IMAGE or len(data) < at + 2:
             return
         length = int.from_bytes(data[at : at + 2], "big")
@@ -165,6 +184,22 @@ def _check_jpeg(data: bytes, limits: ImageLimits) -> None:
         if exif > MAX_EXIF_SEGMENTS:
             raise ValueError(f"the JPEG has more than {MAX_EXIF_SEGMENTS} segments of EXIF, expected one")
         at += length
+    if not scans and junk + len(data) - at > MAX_JUNK_BYTES:
+        raise ValueError(f"the JPEG's header has more than {MAX_JUNK_BYTES} bytes outside of its segments, expected fewer")
+
+
+def _check_ppm(data: bytes) -> None:
+    """Refuses white space and comments without end before the sizes."""
+    words = re.sub(rb"#[^\r\n]*", b" ", data[:MAX_PPM_HEADER]).split(maxsplit=4)
+    if len(data) > MAX_PPM_HEADER and len(words) < (3 if data[1:2] in b"14" else 4):
+        raise ValueError(f"the PPM's header has more than {MAX_PPM_HEADER} bytes, expected fewer")
+
+
+def require_exif(image: Image.Image) -> None:
+    """Refuses an EXIF block, of those that are read so far, which is too large to look into."""
+    size = len(image.info.get("exif") or b"")
+    if size > MAX_EXIF_BYTES:
+        raise ValueError(f"the image has {size} bytes of EXIF, expected at most {MAX_EXIF_BYTES}")
 
 
 def _png_chunks(data: bytes) -> Iterator[None]:

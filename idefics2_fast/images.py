@@ -34,6 +34,7 @@ from idefics2_fast.image_limits import (
     MAX_PIXELS,
     ImageLimits,
     check_headers,
+    require_exif,
     require_file_bytes,
     require_memory,
     require_size,
@@ -378,21 +379,29 @@ def _open_file(data: bytes, name: str, max_pixels: int, limits: ImageLimits) -> 
         check_headers(data, max_pixels, limits)
         image = _identified(data, name, limits)
         require_memory(image, data, limits, max_pixels)
+        require_exif(image)
         if image.format in ("JPEG", "MPO", "WEBP"):
             turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
         elif image.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION_NAMES):
             turned = False
         else:  # other formats show their orientation, and some their size, only when they are decoded
-            ImageOps.exif_transpose(image, in_place=True)
+            _turn_upright(image)
             require_size(image.height, image.width, max_pixels, limits)
             turned = False
 
     def read() -> np.ndarray:
         with _decoding_errors_name(name):
-            ImageOps.exif_transpose(image, in_place=True)
+            _turn_upright(image)
         return decode(image, name)
 
     return _Opened((image.width, image.height) if turned else (image.height, image.width), read)
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turns an image by its EXIF, which may stand behind its pixels."""
+    image.load()
+    require_exif(image)
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def _identified(data: bytes, name: str, limits: ImageLimits) -> Image.Image:

@@ -66,6 +66,11 @@ def tiff(tags: list[tuple[int, int, int, int]]) -> bytes:
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
+def bitmap_of_runs(height: int, width: int) -> bytes:
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 40 + 1024) + info + bytes(1024) + b"\1\1\0\0" * height
+
+
 TOO_COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
     "a long row": (lambda: png(1, 177_000_000), r"1x177000000 pixels .* at most 65535 \(ImageLimits.side\)"),
     "a long column": (lambda: png(177_000_000, 1), "177000000x1 pixels"),
@@ -76,6 +81,17 @@ TOO_COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
     "scans": (lambda: many_scans(100), r"more than 100 scans \(ImageLimits.jpeg_scans\)"),
     "comments of a jpeg": (lambda: with_segments(10_001, b"\xff\xfe\0\2"), r"header has more than 10000 segments"),
     "exif of a jpeg": (lambda: with_segments(257, b"\xff\xe1\0\x09Exif\0\0a"), "more than 256 segments of EXIF"),
+    "filling of a jpeg": (lambda: with_segments(1, b"\xff" * (2 << 20)), "more than 1048576 bytes outside of its segments"),
+    "zeros in a jpeg": (lambda: with_segments(1, b"\xff" + bytes(2 << 20)), "more than 1048576 bytes outside of its segments"),
+    "fractions in a png's exif": (
+        lambda: png(30, 40, chunk(b"eXIf", b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHLL", 274, 5, 1 << 19, 22) + bytes(4 + (4 << 20)))),
+        "bytes of EXIF, expected at most 4194304",
+    ),
+    "a webp's exif": (lambda: flat(30, 40, "WEBP", exif=b"Exif\0\0II*\0" + bytes(4 << 20)), "bytes of EXIF, expected at most 4194304"),
+    "a comment of a ppm": (lambda: b"P6 #" + bytes(2 << 20), "header has more than 65536 bytes"),
+    "runs of a bmp": (lambda: bitmap_of_runs(3000, 3000), "BMP has 3000x3000 pixels .* slow to read, expected at most 8388608"),
+    "decimals of a ppm": (lambda: b"P3 3000 3000 255 " + b"1 " * 999, "PPM has 3000x3000 pixels .* slow to read"),
+    "depth of a ppm": (lambda: b"P6 3000 3000 254 " + b"1" * 999, "PPM has 3000x3000 pixels .* slow to read"),
     "chunks": (lambda: png(30, 40, *[chunk(b"zzZz", b"")] * 10_000), r"more than 10000 chunks \(ImageLimits.segments\)"),
     "text": (lambda: png(30, 40, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 22)))), "too large|Decompressed"),
     "comments of a gif": (
