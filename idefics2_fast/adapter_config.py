@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from idefics2_fast.json_files import distinct
+
 # Fields that change no logits, and why.
 HARMLESS = {
     "task_type": "chooses PEFT's wrapper of the model",
@@ -281,7 +283,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > FILE_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, expected {FILE_BYTES} at most")
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct)
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: damaged JSON: {error}") from None
     if not isinstance(parsed, dict):

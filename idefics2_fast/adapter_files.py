@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,10 +81,30 @@ def save_adapters(model: Idefics2, path: str | os.PathLike[str], base: str = "",
     tensors |= whole.tensors
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({PREFIX + hf: t.detach().contiguous().cpu() for hf, t in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
         config = REFUSED | _ranks_and_alphas(modules) | whole.config() | _of_all(layers, base)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        stored = {PREFIX + hf: t.detach().contiguous().cpu() for hf, t in tensors.items()}
+        _write(folder, stored, json.dumps(config, indent=2) + "\n")
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
+    """Writes both files aside, then puts them into their places: a full disk costs no adapter that is there.
+
+    The config goes first and comes last: without it nothing loads.
+    """
+    aside = folder / ".saving-adapter"
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    aside.mkdir(parents=True)
+    try:
+        save_file(tensors, aside / WEIGHTS_FILE, {"format": "pt"})
+        (aside / CONFIG_FILE).write_text(config)
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            with open(aside / file, "rb") as written:
+                os.fsync(written.fileno())
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        os.replace(aside / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        os.replace(aside / CONFIG_FILE, folder / CONFIG_FILE)
+    finally:
+        shutil.rmtree(aside)
 
 
 Part = tuple[int, float, dict[str, Tensor]]  # rank, s, tensors by the ends of their names

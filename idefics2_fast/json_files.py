@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,8 @@ def read_object(path: Path, *, limit: int = SIZE_LIMIT) -> dict[str, Any]:
     Raises:
         ValueError: no such file, a larger one, one that is not JSON in UTF-8, or holds anything but an object with distinct keys.
     """
+    if os.path.lexists(path):
+        require_file(path)
     try:
         size = path.stat().st_size
         if size > limit:
@@ -113,8 +116,19 @@ def read_object(path: Path, *, limit: int = SIZE_LIMIT) -> dict[str, Any]:
 
 
 def read_object_if_there(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file."""
-    return read_object(path) if path.is_file() else {}
+    """The object in a file; empty where nothing bears its name.
+
+    Raises:
+        ValueError: as `read_object`, so for a link to nothing.
+    """
+    return read_object(path) if os.path.lexists(path) else {}
+
+
+def require_file(path: Path) -> None:
+    """Refuses a link to nothing, as a cache that was half copied holds them, a folder, a pipe or a device."""
+    if not path.is_file():
+        problem = "is a link to nothing" if path.is_symlink() and not path.exists() else "is not a regular file"
+        raise ValueError(f"{path} {problem}, expected a file")
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
@@ -124,7 +138,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
         ValueError: as `read_object`, without the file's name.
     """
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON: {str(error)[:300]}") from None
     if not isinstance(parsed, dict):
@@ -132,7 +146,8 @@ def parse_object(text: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for `json.loads`. Raises ValueError for a key that occurs twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         seen: set[str] = set()

@@ -14,7 +14,7 @@ from idefics2_fast.batch import Batch, find_image_rows
 from idefics2_fast.config import Idefics2Config, TextConfig, VisionConfig, fields_of, section_of
 from idefics2_fast.image_limits import DEFAULT_LIMITS, ImageLimits
 from idefics2_fast.images import MAX_PIXELS, PATCH_SIZE, ImageSource, pack_images
-from idefics2_fast.json_files import BOOL, OBJECT, TEXT, Field, check_fields, optional, read_object_if_there, short, whole
+from idefics2_fast.json_files import BOOL, OBJECT, TEXT, Field, check_fields, optional, read_object_if_there, require_file, short, whole
 from idefics2_fast.weights import resolve_checkpoint
 
 FAKE_TOKEN = "<fake_token_around_image>"
@@ -420,8 +420,11 @@ def _check_tokenizer_files(folder: Path) -> None:
     """The files that transformers reads, before it does."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         read_object_if_there(folder / name)
-    for name in VOCABULARIES:
-        if (folder / name).is_file() and (size := (folder / name).stat().st_size) > VOCABULARY_LIMIT:
+    for name in (*VOCABULARIES, "chat_template.jinja"):
+        if not os.path.lexists(folder / name):
+            continue
+        require_file(folder / name)
+        if (size := (folder / name).stat().st_size) > VOCABULARY_LIMIT:
             raise ValueError(f"{folder / name} has {size} bytes, expected {VOCABULARY_LIMIT} at most")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from support.hf import engine_of, sample, to_batch, to_hf
 from torch import nn
 
-from idefics2_fast import Idefics2, Idefics2Config
+from idefics2_fast import Idefics2, Idefics2Config, adapter_files
 from idefics2_fast.adapter_config import HARMLESS, READ, REFUSED
 from idefics2_fast.adapter_files import load_adapters, save_adapters
 from idefics2_fast.adapters import adapted, attach_adapters, merge_adapters, unmerge_adapters
@@ -191,3 +193,22 @@ def test_save_adapters_part_of_a_fused_layer(hugging_face, tmp_path):
     trained_on = logits(ours)
     save_adapters(ours, tmp_path / "on")
     near(read_by_peft(hugging_face, tmp_path / "on"), trained_on)
+
+
+@pytest.mark.parametrize("fails", ["save_file", "fsync"])
+def test_save_adapters_on_a_full_disk(tmp_path, monkeypatch, fails):
+    """The adapter that was there stands, to the byte, and nothing is beside it."""
+    ours = Idefics2(CONFIG)
+    attach_adapters(ours, rank=2, targets=["connector"])
+    save_adapters(ours, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for layer in adapted(ours).values():
+        layer.b.data.add_(1.0)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((adapter_files, "save_file") if fails == "save_file" else (os, "fsync")), full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapters(ours, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -185,6 +185,10 @@ IN_FILES = {
     "a config that is none": (lambda folder: (folder / "adapter_config.json").write_text("{"), "damaged JSON"),
     "a config of bytes": (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"), "damaged JSON"),
     "a config of depth": (lambda folder: (folder / "adapter_config.json").write_text("[" * 10**5), "damaged JSON"),
+    "a config with a field twice": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "r": 4}'),
+        "the key 'r' occurs twice",
+    ),
     "a config that is a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "expected an object, found list"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import random
 import re
 import resource
@@ -413,3 +414,24 @@ def test_a_tokenizer_that_fails_on_a_whole_prompt_is_refused(folder: Path) -> No
 def test_read_object_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none.json cannot be read: No such file"):
         read_object(tmp_path / "none.json")
+
+
+LINKS = [*JSON_FILES, "preprocessor_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", [*LINKS, "chat_template.json"])
+def test_a_link_to_nothing_is_no_absent_file(folder: Path, name: str) -> None:
+    """A cache that was copied in part: its settings would be left out without a word."""
+    if name == "preprocessor_config.json":
+        (folder / "processor_config.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / "blobs" / "1")
+    with pytest.raises(ValueError, match=name):
+        use(folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "folder", "device"])
+def test_read_object_of_what_is_no_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a\.json is not a regular file"):
+        read_object(tmp_path / "a.json")

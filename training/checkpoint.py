@@ -298,6 +298,8 @@ class Checkpoints:
         """run.json, after the tensors were read into `state`."""
         run = json.loads((path / RUN).read_bytes())
         self._check_run(path, run)
+        if folder_name(run["step"]) != path.name:
+            raise ValueError(f"{path} holds the state after step {run['step']}, expected the name {folder_name(run['step'])}")
         tensors, plain = split(state)
         for kind, saved, wanted in (
             ("tensors", run["tensors"], {name: spec(tensor) for name, tensor in tensors.items()}),
@@ -398,9 +400,13 @@ def files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def committed_steps(folder: Path) -> list[int]:
-    """Steps of the committed checkpoints in a folder, ascending; not verified."""
-    names = (path.name.removeprefix(STEP) for path in folder.glob(f"{STEP}*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    """Steps of the committed checkpoints in a folder, ascending; not verified.
+
+    Other names, of copies that people make, are left alone.
+    """
+    names = {path.name for path in folder.glob(f"{STEP}*")}
+    steps = {int(number) for name in names if (number := name.removeprefix(STEP)).isdecimal()}
+    return sorted(step for step in steps if folder_name(step) in names)
 
 
 def folder_name(step: int) -> str:
@@ -425,6 +431,17 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a small file in one rename: what was there stands until all of it is on the disk."""
+    aside = path.with_name(f"{path.name}.aside")
+    try:
+        write_file(aside, text.encode("utf-8", "backslashreplace"))
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def sync(folder: Path) -> None:
@@ -471,7 +488,8 @@ def discard(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir():
+    """Removes a file or a folder; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def earlier_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe that a run's folder holds; None where it holds none that can be read."""
     try:
         values = json.loads((folder / "recipe.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from html import escape
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from idefics2_fast import Idefics2, Processor
 from idefics2_fast.adapter_files import load_adapters
+from idefics2_fast.training.checkpoint import write_aside
 from idefics2_fast.training.page import chart, facts, figure, page, wide
 from idefics2_fast.training.recipe import Recipe
 from idefics2_fast.training.samples import ImageReference, Sample
@@ -124,7 +125,7 @@ def write_report(folder: Path, recipe: Recipe, answers: Sequence[Answer | Reject
         _table(recipe),
     ]
     path = folder / REPORT
-    path.write_text(page(f"Run {folder.resolve().name}", "\n".join(filter(None, parts))), encoding="utf-8")
+    write_aside(path, page(f"Run {folder.resolve().name}", "\n".join(filter(None, parts))))
     return path
 
 
@@ -157,7 +158,10 @@ def _is_event(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _unread(name: str, bad: Sequence[int]) -> str:

@@ -16,7 +16,6 @@ import functools
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from idefics2_fast.training.checkpoint import (
     committed_steps,
     run_state,
     set_run_state,
-    write_file,
+    write_aside,
 )
 from idefics2_fast.training.guard import Action, Guard, Stop, Stopped, Verdict, gather_rare
 from idefics2_fast.training.identity import Identity, identify
@@ -100,6 +99,8 @@ def fit(
         try:
             with stop.raising():
                 check_sinks(recipe.log_to)
+                if not recipe.out:
+                    raise ValueError("out is empty, expected the folder of the run")
                 rows = open_source(recipe.data if data is None else data)
                 processor = Processor.from_pretrained(recipe.model)
                 with ranks() as group:
@@ -368,13 +369,6 @@ def libraries() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a small file in one rename: what was there stands until all of it is on the disk."""
-    aside = path.with_name(f"{path.name}.aside")
-    write_file(aside, text.encode())
-    os.replace(aside, path)
 
 
 def _new_tokens(processor: Processor) -> list[int]:

@@ -137,6 +137,8 @@ def open_source(data: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Sou
     """
     if isinstance(data, Source):
         return data
+    if isinstance(data, str) and not data:
+        raise ValueError("data is empty, expected the path of a file or a folder")
     shared = Shared(limits, RowGroups(2 * limits.group_bytes))
     if not isinstance(data, str | os.PathLike):
         source = Rows(data, shared.note)
@@ -256,8 +258,8 @@ class JsonRows(Source):
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"an object has {twice[:99]!r} twice, expected each key once")
     return value
 

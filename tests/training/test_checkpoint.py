@@ -486,3 +486,35 @@ def test_a_step_saved_again_is_there_at_any_moment(tmp_path: Path, monkeypatch: 
 
 def whole_in(folder: Path) -> bool:
     return whole(folder / (folder / "latest").read_text().strip())
+
+
+def save_more(checkpoints: Checkpoints) -> list[int]:
+    """Saves steps 3 and 4, as the run goes on."""
+    assert_loads(checkpoints, 2)
+    for step in (3, 4):
+        checkpoints.save(step, state(step), {"cursor": step}, asynchronous=False)
+    return checkpoints.steps()
+
+
+@pytest.mark.parametrize("name", ["step-1", "step-000000001", "step-00000002 (copy)", "step-"])
+def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(two: Checkpoints, name: str) -> None:
+    shutil.copytree(two.folder / "step-00000001", two.folder / name)
+    assert save_more(two) == [3, 4]
+    assert whole(two.folder / name)
+
+
+def test_a_checkpoint_that_is_a_link_can_be_pruned(two: Checkpoints, tmp_path: Path) -> None:
+    """Moved to another disk, for example: the link goes, what it leads to stays."""
+    (two.folder / "step-00000001").rename(tmp_path / "moved")
+    (two.folder / "step-00000001").symlink_to(tmp_path / "moved")
+    assert save_more(two) == [3, 4]
+    assert whole(tmp_path / "moved")
+    assert not list(two.folder.glob(".*"))
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(two: Checkpoints) -> None:
+    """The run would go on from a step that it has not reached."""
+    (two.folder / "step-00000001").rename(two.folder / "step-00000100")
+    with pytest.raises(ValueError, match="step-00000100 holds the state after step 1, expected the name step-00000001"):
+        two.load(state(0))
+    assert two.steps() == [2, 100]

@@ -136,6 +136,22 @@ def test_json_that_is_no_row_is_named(tmp_path: Path, line: str, reason: str) ->
     assert reason in found.reason
 
 
+def test_a_key_that_is_twice_among_many_costs_no_time(tmp_path: Path) -> None:
+    """Each key was once counted among all."""
+    many = ",".join(f'"a{number}":1' for number in range(20_000))
+    (tmp_path / "a.jsonl").write_text(f'{{{json.dumps(TALK)[1:-1]},{many},"a19999":2}}\n{json.dumps(TALK)}')
+    began = time.process_time()
+    (found,) = check(open_source(tmp_path / "a.jsonl"))
+    assert "an object has 'a19999' twice" in found.reason
+    assert time.process_time() - began < 1
+
+
+def test_open_source_of_an_empty_path() -> None:
+    """That of a variable that is not set: not this folder."""
+    with pytest.raises(ValueError, match="data is empty, expected the path"):
+        open_source("")
+
+
 # --- a check and a run ---
 
 

@@ -324,3 +324,9 @@ def test_of_data_passes_over_the_holes_of_a_sparse_file(tmp_path: Path) -> None:
         found.add(of_data(open_source(path))["a.jsonl"])
     assert len(found) == 2
     assert time.process_time() - started < 3
+
+
+def test_earlier_recipe_that_cannot_be_read(tmp_path):
+    for text in ("[" * 100_000, "{", "[]", ""):
+        (tmp_path / "recipe.json").write_text(text)
+        assert earlier_recipe(tmp_path) is None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -173,3 +175,32 @@ def test_ticks_are_round_and_enclose_the_range(low, high):
     assert 2 <= len(ticks) <= 6
     mantissa = f"{ticks[1] - ticks[0]:.0e}"[0]
     assert mantissa in "125"
+
+
+def test_write_report_of_lines_that_people_and_crashes_leave(tmp_path):
+    """Numbers beyond a float, and names of files that are not UTF-8: the report is written, the lines before it too."""
+    write_metrics(tmp_path, 3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(f'{{"step": {"9" * 400}, "tokens": 1, "images": 1, "seconds": 1, "data_wait": 0, "memory_bytes": 1}}\n')
+    events = [{"step": 10**400, "event": "skip"}, {"step": 1, "event": "skip", "reason": "row \udcff.jsonl:1", "samples": ["\udcff:1"]}]
+    (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    text = write_report(tmp_path, RECIPE).read_text()
+    assert "1 of the lines of metrics.jsonl cannot be read and are left out: 4." in text
+    assert "1 of the lines of events.jsonl cannot be read and are left out: 1." in text
+    assert "row \\udcff.jsonl:1" in text
+
+
+def test_write_report_on_a_full_disk(tmp_path, monkeypatch):
+    """The report of before stands."""
+    write_metrics(tmp_path, 3)
+    before = write_report(tmp_path, RECIPE).read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    write_metrics(tmp_path, 5)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(tmp_path, RECIPE)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
