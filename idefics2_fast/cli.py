@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from idefics2_fast import counters
 from idefics2_fast.config import NAMED, Idefics2Config
+from idefics2_fast.json_files import short
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +172,7 @@ def _add_adapter(command: argparse.ArgumentParser, what: str) -> None:
         "--adapter",
         action="append",
         default=[],
-        type=Path,
+        type=path_of,
         metavar="DIR",
         help=f"an adapter in PEFT's format, {what}; several are applied one after another",
     )
@@ -232,7 +233,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, metavar="DIR|ID", help="the checkpoint to read")
     _add_revision(command)
     _add_adapter(command, "merged into the weights")
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    command.add_argument("--out", required=True, type=path_of, metavar="DIR", help="the folder to write")
     command.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     command.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file, such as 500MB (default: %(default)s)"
@@ -250,8 +251,19 @@ def _text(text: str) -> str:
     return text
 
 
+def path_of(text: str) -> Path:
+    """A path that was given. An empty one, of a variable that is not set, would be this folder.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, expected a path")
+    return Path(text)
+
+
 def _device_name(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device: expected cpu, cuda or cuda:N")
     return text
 
@@ -261,7 +273,10 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected a number of bytes, or one with KB, MB, GB or TB")
-    return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))
+    size = float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")
+    if size >= 2**63:
+        raise argparse.ArgumentTypeError(f"{short(text)} is not a size: expected less than 2**63 bytes")
+    return int(size)
 
 
 # --- info ---
@@ -269,6 +284,8 @@ def _size(text: str) -> int:
 
 def _info(arguments: argparse.Namespace) -> None:
     config = None
+    if arguments.revision is not None and arguments.model is None:
+        raise ValueError(f"revision {arguments.revision!r} was given without --model: revisions belong to hub ids")
     if arguments.model is not None:
         from idefics2_fast.weights import resolve_checkpoint
 

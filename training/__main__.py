@@ -11,7 +11,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from idefics2_fast.cli import PROGRAM, Parser, print_table, run_command
+from idefics2_fast.cli import PROGRAM, Parser, path_of, print_table, run_command
 from idefics2_fast.config import NAMED, Idefics2Config
 from idefics2_fast.training.plan import CARD, PEAK_FLOPS, Plan, count_trained, plan, too_large
 from idefics2_fast.training.recipe import RECIPES, Recipe, table
@@ -63,7 +63,7 @@ def _add_train(command: argparse.ArgumentParser, recipe: str) -> None:
     )
     command.add_argument("--wait-for-room", action="store_true", help="on a full disk wait for room, and do not end with exit code 74")
     for name in ("model", "data", "out"):
-        command.add_argument(f"--{name}", required=True, metavar="PATH", help=_field(name).metadata["note"])
+        command.add_argument(f"--{name}", required=True, type=_place, metavar="PATH", help=_field(name).metadata["note"])
 
 
 def _add_plan(command: argparse.ArgumentParser, recipe: str) -> None:
@@ -101,9 +101,25 @@ def _kind(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     if get_origin(hint) is tuple:
-        kind = get_args(hint)[0]
-        return {"type": lambda text: tuple(kind(part) for part in text.split(",") if part), "metavar": "A,B"}
+        return {"type": _several(get_args(hint)[0]), "metavar": "A,B"}
     return {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
+
+
+def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Reads values of a kind with commas between them."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(",") if part)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not A,B: expected each a {kind.__name__}") from None
+
+    return read
+
+
+def _place(text: str) -> str:
+    path_of(text)
+    return text
 
 
 def _recipe_of(arguments: argparse.Namespace, name: str, **places: str) -> Recipe:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -148,6 +148,7 @@ def _check(r: Recipe) -> None:
     """Each rule: does it hold, what is wrong, what was expected."""
     for name, hint in get_type_hints(Recipe).items():
         _expect(_is(getattr(r, name), hint), name, r, _named(hint))
+        _expect(hint is not int or abs(getattr(r, name)) < 2**63, name, r, "less than 2**63")
     for name in ("rank", "tokens", "patches", "packs", "steps", "save_every", "keep", "skip_at_most", "workers"):
         _expect(getattr(r, name) >= 1, name, r, "1 or more")
     for name in ("split_share", "upscale_share"):
@@ -192,7 +193,8 @@ def _is(value: Any, hint: Any) -> bool:
         kinds = [first] * len(value) if others == [...] else [first, *others]
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
