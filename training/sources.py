@@ -377,6 +377,8 @@ class ParquetFile(Source):
             self._columns = columns_of(columns)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if twice := [name for name in self._columns if columns.count(name) > 1]:
+            raise ValueError(f"{path} has the column {twice[0]!r} twice, expected each column once")
         shared.note(set(columns) - set(self._columns), "column")
         groups = map(self._metadata.row_group, range(self._metadata.num_row_groups))
         self._blocks = np.array([group.num_rows for group in groups], np.int64)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from support.corpus import WORDS, mixed_rows, picture, write_jsonl
@@ -459,3 +461,12 @@ def test_a_million_random_rows_are_samples_or_refused(planner: Planner, part: in
     with cost(seconds=600, megabytes=1000):
         samples, refused = try_random_rows(planner, 100 + part, FUZZ_ROWS // PARTS)
     assert min(samples, refused) > FUZZ_ROWS // PARTS // 20
+
+
+def test_open_source_of_a_parquet_file_with_a_column_twice(tmp_path: Path) -> None:
+    """One of them would be left out without a word."""
+    texts = pyarrow.array([TALK["texts"]])
+    table = pyarrow.Table.from_arrays([texts, texts], names=["texts", "texts"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has the column 'texts' twice, expected each column once"):
+        open_source(tmp_path)
