@@ -185,7 +185,7 @@ def pack_images(
     plans = _each_image(lambda index: _plan(*opened[index].size, float(factors[index]), *rules), len(images))
     ends = list(accumulate(len(plan.positions) for plan in plans))
     patches = _buffer(out, ends, dtype)
-    in_bytes = patches.numpy() if dtype == torch.uint8 else patches.view(torch.uint8).numpy()
+    in_bytes = patches.view(torch.uint8).numpy() if dtype == torch.bfloat16 else patches.numpy().view(np.uint8)
 
     written: list[int] = []
 
@@ -201,20 +201,21 @@ def pack_images(
     largest_first = sorted(range(len(images)), key=lambda index: -math.prod(opened[index].size))
     _each_image(write, len(images), workers, largest_first)
     grids = np.concatenate([np.empty((0, 2), np.int64), *(plan.grids for plan in plans)])
-    bounds = np.concatenate([[0], grids.prod(1).cumsum()])
+    bounds = tuple(accumulate((length for plan in plans for length in plan.lengths), initial=0))
     return PackedImages(
         patches=patches,
         patch_positions=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(plan.positions for plan in plans)])),
-        images=Segments(torch.from_numpy(bounds.astype(np.int32)), tuple(bounds.tolist())),
+        images=Segments(torch.from_numpy(np.array(bounds, np.int32)), bounds),
         grids=torch.from_numpy(grids),
     )
 
 
 class _Plan(NamedTuple):
-    """What becomes of an image of some size: each crop's box and size as `_C` takes them, its grid, and the positions of all patches."""
+    """Crops of an image of some size: boxes and sizes as `_C` takes them, grids, numbers of patches, all patches' positions."""
 
     crops: list[tuple[tuple[int, int, int, int], tuple[int, int]]]
     grids: np.ndarray
+    lengths: tuple[int, ...]
     positions: np.ndarray
 
 
@@ -232,7 +233,8 @@ def _plan(
     crops = plan_crops(height, width, split=split, shortest_edge=shortest_edge, longest_edge=longest_edge, upscale=upscale)
     positions = [_C.grid_positions(*crop.grid, positions_per_side, position_ids) for crop in crops]
     grids = np.array([crop.grid for crop in crops], np.int64)
-    return _Plan([(crop.box, crop.size) for crop in crops], grids, np.concatenate(positions))
+    lengths = tuple(map(len, positions))
+    return _Plan([(crop.box, crop.size) for crop in crops], grids, lengths, np.concatenate(positions))
 
 
 def image_size(source: ImageSource, max_pixels: int, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
