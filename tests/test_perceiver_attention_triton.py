@@ -73,6 +73,7 @@ def test_reference_gradients():
 # --- Triton's interpreter ---
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 15, 16, 17, 40]), min_size=1, max_size=3),

@@ -105,6 +105,7 @@ def test_every_block_of_every_segment_has_one_program(lengths):
 # --- Triton's interpreter ---
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 15, 16, 33]), min_size=1, max_size=3),

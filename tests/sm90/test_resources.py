@@ -43,10 +43,8 @@ def check(rows):
     assert not [fault for key, row in rows.items() for fault in faults(key, row, before[key] if same else None)]
 
 
-LONG = {"dora_linear", "perceiver_attention", "segment_attention"}  # to compile
-
-
-@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow if op in LONG else ()) for op in CONFIGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CONFIGS)
 def test_the_kernels_are_as_designed(op):
     check(table({op: SHIPPED[op]}))
 

@@ -246,6 +246,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 """
 
 
+@pytest.mark.slow
 def test_ranks_decide_together(tmp_path) -> None:
     """What one rank alone sees, NaN, a spike, a signal, all do; and all know whose samples they were."""
     store = tmp_path / "store"
