@@ -262,7 +262,7 @@ def test_recipe_json_is_never_torn(corpus, tmp_path, keys, monkeypatch):
     fit(recipe_of(corpus, tmp_path, steps=1))
     before = (tmp_path / "recipe.json").read_text()
     assert json.loads(before)["steps"] == asdict(recipe_of(corpus, tmp_path, steps=1))["steps"]
-    monkeypatch.setattr(run_module, "write_file", no_room)
+    monkeypatch.setattr(checkpoint, "write_file", no_room)
     with pytest.raises(OSError, match="No space left"):
         fit(recipe_of(corpus, tmp_path, steps=2))
     assert (tmp_path / "recipe.json").read_text() == before
